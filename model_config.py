@@ -24,6 +24,11 @@ CHOICES = {
     'attention_backend': ('flash_attn_2', 'sdpa', 'eager'),
 }
 
+POSITIVE = (
+    'n_layer', 'n_head', 'n_embd', 'num_key_value_heads', 'head_dim', 'd_ff',
+    'block_size', 'vocab_size', 'rope_theta', 'norm_eps',
+)
+
 ROPE_SCALING_KEYS = (
     'factor', 'low_freq_factor', 'high_freq_factor',
     'original_max_position_embeddings',
@@ -73,7 +78,7 @@ class ModelArchitectureConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        problems = self._type_problems() or self._value_problems()
+        problems = self._problems()
         if problems:
             raise ValueError(
                 f'{len(problems)} problem(s) with the architecture:\n'
@@ -87,50 +92,45 @@ class ModelArchitectureConfig:
             object.__setattr__(self, 'd_ff', default_d_ff(
                 self.ffn_type, self.n_embd))
 
-    def _type_problems(self) -> list[str]:
-        problems = []
+    def _problems(self) -> list[str]:
+        problems, wrong = [], set()  # rules are not asked of a wrong field
+
+        def problem(text, *names):
+            problems.append(text)
+            wrong.update(names)
+
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and 'None' in str(field.type):
-                continue
-            kind = str(field.type).removesuffix(' | None')
-            if not _is_a(value, kind):
-                problems.append(f'{field.name}={value!r} is not of type '
-                                f'{field.type}')
-        return problems
+            value, name = getattr(self, field.name), field.name
+            kinds = [kind.strip() for kind in _type_name(field).split('|')]
+            if not any(_is_a(value, kind) for kind in kinds):
+                problem(f'{name}={value!r} is not of type '
+                        f'{" or ".join(kinds)}', name)
+            elif name in CHOICES and value not in CHOICES[name]:
+                problem(f'{name}={value!r} is not one of '
+                        f'{", ".join(CHOICES[name])}', name)
+            elif name in POSITIVE and value is not None and not (
+                    0 < value < math.inf):
+                problem(f'{name}={value} must be above 0', name)
+            elif name == 'dropout' and not 0 <= value < 1:
+                problem(f'dropout={value} must be in [0, 1)', name)
 
-    def _value_problems(self) -> list[str]:
-        problems = []
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                problems.append(f'{name}={getattr(self, name)!r} is not one '
-                                f'of {", ".join(allowed)}')
-        for name in ('n_layer', 'n_head', 'n_embd', 'num_key_value_heads',
-                     'head_dim', 'd_ff', 'block_size', 'vocab_size',
-                     'rope_theta', 'norm_eps'):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                problems.append(f'{name}={value} must be above 0')
-        if not 0 <= self.dropout < 1:
-            problems.append(f'dropout={self.dropout} must be in [0, 1)')
-        if problems:
-            return problems  # the rules below divide by these numbers
-
-        n_kv = self.num_key_value_heads
-        if n_kv is not None and self.n_head % n_kv:
-            problems.append(
-                f'n_head={self.n_head} is not divisible by '
-                f'num_key_value_heads={n_kv}: each key/value head serves an '
-                'equal number of query heads')
-        if self.head_dim is None and self.n_embd % self.n_head:
-            problems.append(
-                f'n_embd={self.n_embd} is not divisible by '
-                f'n_head={self.n_head}: change one of them or set head_dim')
-        head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.position_encoding == 'rope' and head_dim % 2:
-            problems.append(f'head_dim={head_dim} must be even, since RoPE '
-                            'turns pairs of dimensions')
-        if self.rope_scaling is not None:
+        n_kv, head_dim = self.num_key_value_heads, self.head_dim
+        if (n_kv is not None and not wrong & {'n_head', 'num_key_value_heads'}
+                and self.n_head % n_kv):
+            problem(f'n_head={self.n_head} is not divisible by '
+                    f'num_key_value_heads={n_kv}: each key/value head serves '
+                    'an equal number of query heads')
+        if head_dim is None and not wrong & {'n_head', 'n_embd', 'head_dim'}:
+            head_dim, rest = divmod(self.n_embd, self.n_head)
+            if rest:
+                problem(f'n_embd={self.n_embd} is not divisible by '
+                        f'n_head={self.n_head}: change one of them or set '
+                        'head_dim', 'head_dim')
+        if (self.position_encoding == 'rope' and 'head_dim' not in wrong
+                and head_dim is not None and head_dim % 2):
+            problem(f'head_dim={head_dim} must be even, since RoPE turns '
+                    'pairs of dimensions')
+        if self.rope_scaling is not None and 'rope_scaling' not in wrong:
             problems += _rope_scaling_problems(self.rope_scaling)
         return problems
 
@@ -179,7 +179,14 @@ class ModelArchitectureConfig:
             'tied' if self.weight_tying else 'untied'])
 
 
+def _type_name(field: dataclasses.Field) -> str:
+    kind = field.type
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 def _is_a(value, kind: str) -> bool:
+    if kind == 'None':
+        return value is None
     if kind == 'float':
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == 'int':
@@ -346,16 +353,11 @@ def get_preset_config(name: str, **overrides) -> ModelArchitectureConfig:
 
     if 'd_ff' not in overrides:
         values['d_ff'] = _follow_d_ff(name, preset, values)
-    if 'num_key_value_heads' not in overrides:
-        group = preset.n_head // preset.num_key_value_heads
-        n_head = values['n_head']
-        if _is_a(n_head, 'int') and n_head > 0 and n_head % group:
-            raise ValueError(
-                f'n_head={n_head} does not divide into the {group} query '
-                f'heads per key/value head of {name}: choose a multiple of '
-                f'{group} or set num_key_value_heads')
-        if _is_a(n_head, 'int'):
-            values['num_key_value_heads'] = n_head // group
+    group = preset.n_head // preset.num_key_value_heads
+    if ('num_key_value_heads' not in overrides
+            and _is_a(values['n_head'], 'int')
+            and values['n_head'] % group == 0):
+        values['num_key_value_heads'] = values['n_head'] // group
     if 'head_dim' not in overrides and name != 'qwen3':
         values['head_dim'] = None
     return ModelArchitectureConfig.from_dict(values)

@@ -1,0 +1,196 @@
+"""A decoder-only transformer built from a ModelArchitectureConfig.
+
+    python -c "from model_builder import ConfigurableGPT; \
+        from model_config import get_preset_config; \
+        model = ConfigurableGPT(get_preset_config('gpt2')); \
+        print(f'{model.get_num_params():,}')"
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from model_components import (
+    FEED_FORWARDS,
+    CausalSelfAttention,
+    build_norm,
+    build_rope,
+    linear_cross_entropy,
+)
+from model_config import ModelArchitectureConfig
+
+
+class PreNormBlock(nn.Module):
+    """x + attn(norm(x)), then x + ffn(norm(x)): GPT-2 and all since."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.attn_norm = build_norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ffn_norm = build_norm(config, config.n_embd)
+        self.ffn = FEED_FORWARDS[config.ffn_type](config)
+
+    def forward(self, x, rope=None):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.attn_norm(x), rope)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class PostNormBlock(PreNormBlock):
+    """norm(x + attn(x)), then norm(x + ffn(x)): the first transformer.
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
+    """
+
+    def forward(self, x, rope=None):
+        """x (B, T, C) -> (B, T, C)."""
+        x = self.attn_norm(x + self.attn(x, rope))
+        return self.ffn_norm(x + self.ffn(x))
+
+
+BLOCKS = {'pre': PreNormBlock, 'post': PostNormBlock}
+
+
+class ConfigurableGPT(nn.Module):
+    """The model of `config`; weights are drawn anew from torch's generator."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None
+        if config.position_encoding == 'learned_absolute':
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.rope = build_rope(config)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(
+            BLOCKS[config.norm_position](config) for _ in range(config.n_layer))
+        # a post-norm block already ends in a norm
+        self.ln_f = nn.Identity() if config.norm_position == 'post' else (
+            build_norm(config, config.n_embd))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.weight_tying:
+            self.lm_head.weight = self.wte.weight  # Press and Wolf 2017
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal 0.02; projections into the residual stream are scaled by
+        1/sqrt(2 n_layer), since 2 n_layer of them add up (GPT-2, section 2.3);
+        biases 0, norms 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if module is self.lm_head and self.config.weight_tying:
+                    continue  # drawn once, as wte
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.h:
+            for linear in (block.attn.proj, block.ffn.down):
+                linear.weight.mul_(1 / math.sqrt(2 * self.config.n_layer))
+
+    def get_num_params(self, non_embedding: bool = False) -> int:
+        """Parameters, a tied head counted once.
+
+        With `non_embedding`, without the token and position embeddings and
+        the head: what the blocks and norms hold.
+        """
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n -= self.wte.weight.numel()
+            if self.wpe is not None:
+                n -= self.wpe.weight.numel()
+            if not self.config.weight_tying:
+                n -= self.lm_head.weight.numel()
+        return n
+
+    def forward(self, idx, targets=None, return_logits=True,
+                reduction='mean'):
+        """Next-token logits and, with targets, the cross-entropy.
+
+        idx (B, T) int64, targets (B, T) int64 with -1 where nothing is to be
+        predicted. Returns (logits (B, T, V), loss or None); with
+        `return_logits=False` (None, loss), and the logits are never held
+        whole. The loss is fp32, in nats: the mean over targets, or their sum
+        with `reduction='sum'`.
+        """
+        x = self.hidden_states(idx)                           # (B, T, C)
+        logits = self.lm_head(x) if return_logits else None   # (B, T, V)
+        if targets is None:
+            return logits, None
+        if return_logits:
+            loss = F.cross_entropy(logits.float().flatten(0, 1),
+                                   targets.flatten(), ignore_index=-1,
+                                   reduction=reduction)
+        else:
+            loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight,
+                                        targets.flatten())
+            if reduction == 'mean':
+                loss = loss / (targets >= 0).sum()
+        return logits, loss
+
+    def hidden_states(self, idx):
+        """idx (B, T) int64 -> (B, T, C), what the head is applied to."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(
+                f'a sequence of {T} tokens exceeds block_size='
+                f'{self.config.block_size}: shorten it, or build the model '
+                'with a larger block_size')
+        x = self.wte(idx)                                     # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[:T]
+        if torch.is_autocast_enabled(x.device.type):
+            # an embedding is no matmul, so autocast leaves it in fp32, and
+            # the whole residual stream with it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, self.rope)
+        return self.ln_f(x)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None,
+                 top_p=None, n_ids=None, eos_id=None, generator=None):
+        """idx (B, T) int64 -> (B, T + max_new_tokens), drawn token by token.
+
+        `temperature` 0 takes the likeliest token. `top_k` keeps the k
+        likeliest, `top_p` the fewest that together have that probability.
+        `n_ids` is the tokenizer's size: rows from there on are padding of the
+        embedding and are never drawn. Generation ends early when every row
+        has drawn `eos_id`. Contexts beyond block_size lose their beginning.
+        """
+        done = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size:]
+            x = self.hidden_states(context)[:, -1]            # (B, C)
+            logits = self.lm_head(x).float()[:, :n_ids]       # (B, V)
+            token = draw(logits, temperature, top_k, top_p, generator)
+            idx = torch.cat((idx, token), dim=1)
+            if eos_id is not None:
+                done |= token[:, 0] == eos_id
+                if done.all():
+                    break
+        return idx
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token per row: logits (B, V) fp32 -> (B, 1) int64."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        # a token goes when those before it already have top_p
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    return torch.multinomial(probs, 1, generator=generator)
