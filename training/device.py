@@ -1,0 +1,86 @@
+"""The device: choosing it, its clock, its memory, and what it can do."""
+
+import os
+import shutil
+import sys
+
+import psutil
+import torch
+
+DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' -> CUDA, else MPS, else CPU; a device that is absent is a
+    ValueError."""
+    available = ['cpu']
+    if torch.backends.mps.is_available():
+        available.insert(0, 'mps')
+    if torch.cuda.is_available():
+        available.insert(0, 'cuda')
+    if name == 'auto':
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in available:
+        raise ValueError(f'device={name}: this machine has '
+                         f'{", ".join(available)}')
+    if device.type == 'cuda' and (device.index or 0) >= (
+            torch.cuda.device_count()):
+        raise ValueError(f'device={name}: this machine has '
+                         f'{torch.cuda.device_count()} CUDA device(s)')
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type} ({torch.get_num_threads()} threads)'
+
+
+def autocast(device: torch.device, dtype: str):
+    """bf16 for the matmuls; fp32 master weights stay as they are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16,
+                          enabled=dtype == 'bfloat16')
+
+
+def synchronize(device: torch.device):
+    """Wait until the device has done what it was given: a true clock."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far, in GB of 1e9 bytes: allocated on a GPU, resident
+    on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows has no getrusage
+        return psutil.Process().memory_info().peak_wset / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes, but bytes on a Mac
+    return peak / 1e9 if sys.platform == 'darwin' else peak * 1024 / 1e9
+
+
+def check_compiler(device: torch.device):
+    """Raise ValueError where torch.compile has no compiler to work with."""
+    if device.type == 'cuda':
+        from torch.utils._triton import has_triton
+        if not has_triton():
+            raise ValueError('compile=True needs Triton on a GPU, which is '
+                             'not installed: pip install triton, or pass '
+                             '--compile=False')
+        return
+    names = [os.environ['CXX']] if 'CXX' in os.environ else [
+        'g++', 'clang++', 'c++', 'cl']
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            'compile=True needs a C++ compiler, and none of '
+            f'{", ".join(names)} is on the PATH: install one (Debian and '
+            'Ubuntu: sudo apt install g++), or pass --compile=False')

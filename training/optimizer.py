@@ -1,0 +1,45 @@
+"""AdamW with decay on matrices only, and the learning-rate schedules."""
+
+import math
+
+import torch
+
+
+def build_optimizer(model, *, learning_rate, weight_decay, betas, eps):
+    """AdamW; weight decay on parameters of two or more dimensions only.
+
+    Norm weights and biases are left out of the decay, as in GPT-3. The fused
+    kernel is taken wherever PyTorch has one for the device.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {'params': [p for p in parameters if p.dim() >= 2],
+         'weight_decay': weight_decay},
+        {'params': [p for p in parameters if p.dim() < 2],
+         'weight_decay': 0.0},
+    ]
+    fused = parameters[0].device.type in ('cpu', 'cuda', 'mps')
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps,
+                             fused=fused)
+
+
+def learning_rate_at(step, *, schedule, learning_rate, min_lr, warmup_iters,
+                     lr_decay_iters, wsd_decay_iters):
+    """The learning rate of the update number `step`, counted from 0.
+
+    Linear warm-up over `warmup_iters` updates, then `cosine` down to `min_lr`
+    at `lr_decay_iters` (Loshchilov and Hutter 2017), or `wsd`: constant, then
+    linear down to `min_lr` over the last `wsd_decay_iters` updates before
+    `lr_decay_iters` (warm-up, stable, decay: Hu et al. 2024,
+    https://arxiv.org/abs/2404.06395).
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    if step >= lr_decay_iters:
+        return min_lr
+    if schedule == 'cosine':
+        done = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        share = min(1.0, (lr_decay_iters - step) / max(1, wsd_decay_iters))
+    return min_lr + share * (learning_rate - min_lr)

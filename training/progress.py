@@ -1,0 +1,174 @@
+"""What a run shows and records while it trains: clock, log lines, bar."""
+
+import signal
+import time
+
+import torch
+from tqdm import tqdm
+
+from training.device import peak_memory_gb, synchronize
+
+
+class Progress:
+    """Times the steps, writes train and eval records, prints their lines.
+
+    The clock runs during training steps only, not during evaluations and
+    checkpoints, and is read when the device has done its work.
+    """
+
+    def __init__(self, job):
+        self.job = job
+        self.log_interval = job.options['log_interval']
+        self.time_s = max((r['time_s'] for r in job.records
+                           if 'time_s' in r), default=0.0)
+        self.bar = tqdm(total=job.max_iters, initial=job.start_step,
+                        unit='step', dynamic_ncols=True, disable=None)
+        self.wandb = Wandb(job) if job.options['wandb_log'] else None
+        self._begin = None
+        self._steps = 0      # since the last line
+        self._seconds = 0.0
+        self._first = True   # its time holds compilation and warm-up
+        self._told_duration = False
+
+    def step_begins(self):
+        self._begin = time.perf_counter()
+
+    def step_ended(self, step, loss, grad_norm, lr):
+        """Count the step; every log_interval, write its record and line."""
+        logged = step % self.log_interval == 0 or self._first
+        if logged:
+            synchronize(self.job.device)
+        seconds = time.perf_counter() - self._begin
+        self._seconds += seconds
+        self.time_s += seconds
+        self._steps += 1
+        self.bar.update()
+        if logged:
+            self._log(step, loss.item(), grad_norm.item(), lr)
+            self._first = False
+            self._steps, self._seconds = 0, 0.0
+
+    def _log(self, step, loss, grad_norm, lr):
+        job, record = self.job, self.job.record
+        step_s = self._seconds / self._steps
+        values = {
+            'step': step, 'loss': loss, 'grad_norm': grad_norm, 'lr': lr,
+            'tokens': step * job.tokens_per_iter,
+            'tokens_per_s': None, 'mfu': None, 'mfu_causal': None,
+            'tflops': None, 'step_ms': step_s * 1e3,
+            'memory_gb': peak_memory_gb(job.device), 'time_s': self.time_s}
+        if not self._first:
+            rate = job.tokens_per_iter / step_s
+            tflops = rate * record['flops_per_token'] / 1e12
+            values |= {'tokens_per_s': rate, 'tflops': tflops}
+            if record['peak_tflops']:
+                peak = record['peak_tflops'] * record['world_size']
+                causal = record['flops_per_token_causal']
+                values |= {'mfu': tflops / peak,
+                           'mfu_causal': rate * causal / 1e12 / peak}
+        self.record('train', **values)
+        self.say(train_line(values, job.max_iters))
+        if values['tokens_per_s'] and not self._told_duration:
+            left = (job.max_iters - step) * step_s
+            self.say(f'about {duration(left)} of training left at '
+                     f'{values["tokens_per_s"]:,.0f} tokens/s')
+            self._told_duration = True
+
+    def evaluated(self, step, val_loss, val_bpb):
+        self.record('eval', step=step, val_loss=val_loss, val_bpb=val_bpb,
+                    tokens=step * self.job.tokens_per_iter,
+                    time_s=self.time_s)
+        bits = '' if val_bpb is None else f'  {val_bpb:.4f} bits per byte'
+        self.say(f'eval {step:>6}  val loss {val_loss:.4f}{bits}')
+
+    def record(self, kind, **values):
+        self.job.run.append(kind, **values)
+        if self.wandb:
+            self.wandb.log(kind, values)
+
+    def say(self, line):
+        self.bar.write(line)
+
+    def eval_bar(self, batches):
+        return tqdm(batches, desc='evaluating', leave=False, disable=None,
+                    dynamic_ncols=True)
+
+    def close(self):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.close()
+
+
+def train_line(values: dict, max_iters: int) -> str:
+    """One logged step in at most 80 columns."""
+    width = len(str(max_iters))
+    parts = [f'{values["step"]:>{width}}/{max_iters}',
+             f'loss {values["loss"]:.4f}', f'norm {values["grad_norm"]:.2f}',
+             f'lr {values["lr"]:.1e}']
+    if values['tokens_per_s']:
+        parts.append(f'{values["tokens_per_s"]:,.0f} tok/s')
+        parts.append(f'MFU {values["mfu"]:.1%}' if values['mfu'] else
+                     f'{values["tflops"]:.3g} TFLOP/s')
+    parts.append(f'{values["memory_gb"]:.1f} GB')
+    return '  '.join(parts)
+
+
+def duration(seconds: float) -> str:
+    """1.5 h, 12 min or 40 s."""
+    for unit, length in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.1f} {unit}'
+    return f'{seconds:.0f} s'
+
+
+class Wandb:
+    """Metrics to Weights & Biases; its failures never stop training."""
+
+    def __init__(self, job):
+        self.run = None
+        self._call(self._start, job)
+
+    def _start(self, job):
+        import wandb
+        self.run = wandb.init(
+            project=job.options['wandb_project'], dir=job.run.folder,
+            name=job.options['wandb_run_name'] or job.run.folder.name,
+            id=job.run.folder.name, resume='allow', config=job.record)
+
+    def _call(self, function, *arguments, **named):
+        try:
+            function(*arguments, **named)
+        # whatever a third-party service raises, the training goes on
+        except Exception as error:
+            tqdm.write(f'wandb is switched off for this run: '
+                       f'{type(error).__name__}: {error}')
+            self.run = None
+
+    def log(self, kind, values):
+        if self.run:
+            self._call(self.run.log, {f'{kind}/{name}': value
+                                      for name, value in values.items()
+                                      if value is not None and name != 'step'},
+                       step=values['step'])
+
+    def close(self):
+        if self.run:
+            self._call(self.run.finish)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask for a stop after the step that is running.
+
+    A second one ends the process at once, without a checkpoint.
+    """
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write(f'{signal.Signals(number).name}: stopping after this step, '
+                   'with a checkpoint; once more to stop without')
