@@ -28,12 +28,16 @@ from training.run_log import (
 class RunSummary:
     """What the comparison needs of one run; None where it is not known."""
 
-    name: str
+    folder: Path
     record: dict
     evals: list[dict]
     trains: list[dict]
     status: str            # finished, running, stopped, failed or incomplete
     damaged_lines: int
+
+    @property
+    def name(self) -> str:
+        return f'{self.folder.parent.name}/{self.folder.name}'
 
     @property
     def last_eval(self) -> dict | None:
@@ -56,7 +60,7 @@ def summarize(folder: Path) -> RunSummary:
     status = ends[-1] if ends else (
         'running' if is_running(folder) else 'incomplete')
     return RunSummary(
-        name=f'{folder.parent.name}/{folder.name}', record=record,
+        folder=folder, record=record,
         evals=[r for r in records if r['kind'] == 'eval'],
         trains=[r for r in records if r['kind'] == 'train'],
         status=status, damaged_lines=damaged)
@@ -102,7 +106,7 @@ def row(run: RunSummary) -> tuple:
     record, last = run.record, run.last_eval or {}
     mfu, tflops = run.median('mfu'), run.median('tflops')
     return (
-        Path(run.name).parent.name, record['arch_preset'],
+        run.name, record['arch_preset'],
         short(record['parameters']['total']),
         str(record['architecture']['n_layer']), short(last.get('tokens')),
         number(last.get('val_bpb'), '.4f'), number(last.get('val_loss'), '.4f'),
@@ -191,6 +195,8 @@ def parse_arguments(argv):
                         help='the N newest runs in out*/')
     parser.add_argument('--plot', default='comparison.png', metavar='FILE',
                         help='where the curves go (default: %(default)s)')
+    parser.add_argument('--print_best', action='store_true',
+                        help="print nothing but the best run's folder")
     arguments = parser.parse_args(argv)
     if arguments.latest is not None and arguments.latest < 1:
         parser.error(f'--latest {arguments.latest} must be at least 1')
@@ -215,6 +221,12 @@ def main(argv=None) -> int:
         return 2
 
     ranked, label, reasons = rank(runs)
+    if arguments.print_best:
+        if reasons:
+            print('error: ' + '; '.join(reasons), file=sys.stderr)
+            return 2
+        print(ranked[0].folder)
+        return 0
     print(table([row(run) for run in ranked]))
     base = baseline(runs)
     if base is not None:

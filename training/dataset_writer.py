@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from array import array
 from pathlib import Path
 
@@ -119,17 +120,18 @@ class SplitWriter:
         self._text_hash = hashlib.sha256()
         # Only the validation split's documents are listed: 16 bytes each.
         self.lengths = array("Q") if name == "val" else None
-        self._bin = self._next_bin()
+        self._bin = None
 
-    def _next_bin(self):
+    def next_path(self):
+        """The final path of the bin after those that are finished."""
         stem = self.name
         if self.shard_tokens is not None:
             stem += f"_{len(self.files):05d}"
-        return BinWriter(self.folder / f"{stem}.bin")
+        return self.folder / f"{stem}.bin"
 
     def add(self, ids, eot_id, text_bytes, text_digest):
         if self._bin is None:
-            self._bin = self._next_bin()
+            self._bin = BinWriter(self.next_path())
         self._bin.add(ids)
         self._bin.add([eot_id])
         self.tokens += len(ids) + 1
@@ -143,6 +145,17 @@ class SplitWriter:
             self._bin.tokens >= self.shard_tokens
         ):
             self._finish_bin()
+
+    def adopt(self, record, lengths, digests):
+        """Append a finished bin: its record, documents and text digests."""
+        self.files.append({**record, "name": self.next_path().name})
+        tokens, text_bytes = (int(total) for total in lengths.sum(axis=0))
+        self.tokens += tokens
+        self.documents += len(lengths)
+        self.bytes += text_bytes
+        self._text_hash.update(digests)
+        if self.lengths is not None:
+            self.lengths.frombytes(np.ascontiguousarray(lengths).tobytes())
 
     def _finish_bin(self):
         self.files.append(self._bin.finish())
@@ -263,6 +276,34 @@ class DatasetWriter:
         ids = checked_ids(ids, self.vocab_size)
         self._splits[split].add(ids, self.eot_id, text_bytes, text_digest)
 
+    def adopt(self, split, path, record, lengths, digests):
+        """Append a bin of whole documents that a `BinWriter` made elsewhere.
+
+        `path`: where it lies, on the disk of the dataset, which gets a hard
+        link; `record`: from `finish`; `lengths`: uint64 (documents, 2) as in
+        val_documents.npy; `digests`: the documents' SHA-256 joined, raw.
+        """
+        if record["max_id"] >= self.vocab_size or (
+            int(lengths[:, 0].sum()) != record["tokens"]
+            or len(digests) != 32 * len(lengths)
+        ):
+            raise DatasetError(
+                f"{path} does not fit its record {record}: {len(lengths)}"
+                f" documents, {len(digests)} bytes of digests, vocab_size"
+                f" {self.vocab_size}; prepare it again"
+            )
+        target = self._splits[split].next_path()
+        try:
+            os.link(path, part_path(target))
+        except PermissionError:  # a file system without hard links
+            print(f"copying {path.name}: no hard links in {self.folder}")
+            with open(path, "rb") as old, open(part_path(target), "wb") as new:
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+        self._splits[split].adopt(record, lengths, digests)
+        self._whole.append(target)
+
     def add_file(self, name, content):
         """Add a small file (bytes), such as `tokenizer/tokenizer.json`."""
         path = self.folder / name
@@ -284,8 +325,8 @@ class DatasetWriter:
         records = {}
         for split, writer in self._splits.items():
             records[split] = writer.finish()
-            names = [file["name"] for file in writer.files]
-            self._whole += [self.folder / name for name in names]
+            paths = [self.folder / file["name"] for file in writer.files]
+            self._whole += [p for p in paths if p not in self._whole]
         lengths = np.array(self._splits["val"].lengths, "<u8").reshape(-1, 2)
         records["val"]["documents_file"] = self._add_array(lengths)
         self._meta["splits"] = records

@@ -1,0 +1,468 @@
+"""Reading a corpus: which files it has, and their records in blocks.
+
+Parquet, Arrow (as `datasets` saves it), JSON Lines (plain, gzip, zstd) and
+text files; local, or fetched one by one from the Hugging Face hub. A block
+is some 8 MB of records, always the same ones for the same file, so a number
+of blocks is a place to continue from.
+
+    python data/custom/prepare.py --help
+"""
+
+import fnmatch
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BLOCK_BYTES = 2**23
+BLOCK_ROWS = 2**14
+HUB = "hub:"
+HUB_TIMEOUT_S = 10
+ENDS_BYTES = 2**16
+# Longest suffix first; the compressions are pyarrow's names.
+FORMATS = {
+    ".jsonl.zst": ("lines", "zstd"),
+    ".jsonl.gz": ("lines", "gzip"),
+    ".json.gz": ("lines", "gzip"),
+    ".jsonl": ("lines", None),
+    ".parquet": ("parquet", None),
+    ".arrow": ("arrow", None),
+    ".txt": ("text", None),
+    ".md": ("text", None),
+}
+
+
+class CorpusError(ValueError):
+    """A corpus, or a text in it, that cannot be read as asked."""
+
+
+class InputFile(NamedTuple):
+    """One file: its name in the corpus, size in bytes, a hash, and where."""
+
+    name: str
+    size: int
+    sha256: str  # of a local file's size and ends, of a hub file's content
+    path: str | None  # None: fetched from `hub` when its turn comes
+    hub: tuple[str, str] | None  # repository and revision
+
+    @property
+    def format(self):
+        for suffix, form in FORMATS.items():
+            if self.name.endswith(suffix):
+                return form
+        return ("text", None)
+
+
+class Block(NamedTuple):
+    """Consecutive records, as they lie in the file.
+
+    `offsets` (int64, records + 1) cuts `data` into texts; without it `data`
+    is lines of JSON. `next` is the (file, block) at which reading goes on.
+    """
+
+    names: list[str]  # one for all records, or one for each
+    first: int  # number of the first record in its file, from 0
+    data: bytes
+    offsets: np.ndarray | None
+    nulls: np.ndarray | None
+    done: float  # bytes of the input files up to the end of this block
+    next: tuple[int, int]
+
+    @property
+    def records(self):
+        if self.offsets is not None:
+            return len(self.offsets) - 1
+        return self.data.count(b"\n") + (self.data[-1:] not in (b"\n", b""))
+
+    def where(self, i):
+        if len(self.names) > 1:
+            return self.names[i]
+        return f"{self.names[0]}, record {self.first + i}"
+
+    def head(self, count):
+        """The block with its first `count` records alone."""
+        if count >= self.records:
+            return self
+        if self.offsets is None:
+            lines = self.data.split(b"\n", count)[:count]
+            return self._replace(data=b"\n".join(lines))
+        return self._replace(offsets=self.offsets[: count + 1])
+
+
+# Finding the files
+
+
+def find_inputs(specs):
+    """The files of a corpus, in an order that their names decide.
+
+    `specs`: paths of files, folders (searched for the known suffixes) or
+    `hub:OWNER/NAME[@REVISION][:PATTERN]`. Raises CorpusError for all that
+    are not there.
+    """
+    files, problems = [], []
+    for spec in specs:
+        if str(spec).startswith(HUB):
+            files += _hub_files(str(spec))
+            continue
+        path = Path(spec).expanduser()
+        found = [(path.name, path)] if path.is_file() else []
+        if path.is_dir():
+            found = sorted(
+                (entry.relative_to(path).as_posix(), entry)
+                for entry in path.rglob("*")
+                if entry.is_file() and entry.name.endswith(tuple(FORMATS))
+            )
+        if not found:
+            problems.append(
+                f"--input {spec}: "
+                + (
+                    f"no file below it ends in {', '.join(FORMATS)}"
+                    if path.is_dir()
+                    else "no such file or folder"
+                )
+            )
+        files += [local_file(name, path) for name, path in found]
+    if problems:
+        raise CorpusError("\n".join(problems))
+    return files
+
+
+def local_file(name, path):
+    """The record of a local file; its hash is over size, head and tail."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(ENDS_BYTES))
+        file.seek(max(0, size - ENDS_BYTES))
+        digest.update(file.read())
+    return InputFile(name, size, digest.hexdigest(), str(path), None)
+
+
+def _hub_files(spec):
+    import huggingface_hub as hub
+
+    repo, _, pattern = spec.removeprefix(HUB).partition(":")
+    repo, _, revision = repo.partition("@")
+    try:
+        info = hub.HfApi().dataset_info(
+            repo, revision=revision or None, timeout=HUB_TIMEOUT_S
+        )
+        entries = hub.HfApi().list_repo_tree(
+            repo, recursive=True, revision=info.sha, repo_type="dataset"
+        )
+        files = [
+            InputFile(
+                entry.path,
+                entry.size,
+                entry.lfs.sha256 if entry.lfs else entry.blob_id,
+                None,
+                (repo, info.sha),
+            )
+            for entry in entries
+            if isinstance(entry, hub.hf_api.RepoFile)
+            and entry.path.endswith(tuple(FORMATS))
+            and fnmatch.fnmatch(entry.path, pattern or "*")
+        ]
+    # Any: huggingface_hub's HTTP library, and so its errors, have changed.
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise CorpusError(
+            f"the hub gave no list of {repo}: {type(error).__name__}: {said}\n"
+            + _by_hand(repo, pattern)
+        ) from error
+    if not files:
+        raise CorpusError(f"{repo} on the hub has no files {pattern or '*'}")
+    return sorted(files)
+
+
+def _by_hand(repo, pattern):
+    return (
+        "Without a network: on a machine that has one, run\n"
+        f"    hf download {repo} --repo-type dataset"
+        f" --include '{pattern or '*'}' --local-dir DIR\n"
+        "bring DIR here and give it as --input DIR. (A repository that asks"
+        " for a login: `hf auth login`.)"
+    )
+
+
+def local_path(file):
+    """Where the file lies, fetched from the hub now if it must be.
+
+    Raises CorpusError where a local file is no longer the one that was found.
+    """
+    if file.path is not None:
+        path = Path(file.path)
+        if not path.is_file() or local_file(file.name, path) != file:
+            raise CorpusError(
+                f"{path} has changed since this preparation began; bring the"
+                " old file back, or begin anew with --overwrite"
+            )
+        return path
+    import huggingface_hub as hub
+
+    repo, revision = file.hub
+    try:
+        return Path(
+            hub.hf_hub_download(
+                repo, file.name, repo_type="dataset", revision=revision
+            )
+        )
+    except Exception as error:  # see _hub_files
+        raise CorpusError(
+            f"the hub gave no {file.name} of {repo}: {error}\n"
+            "Run the same command again to continue. "
+            + _by_hand(repo, file.name)
+        ) from error
+
+
+# Blocks
+
+
+def read_blocks(files, start, column):
+    """Blocks of all files in order, from `start`, a (file, block).
+
+    Raises CorpusError, naming the file, for damaged ones and for a table
+    without `column`.
+    """
+    number, skip = start
+    while number < len(files):
+        file = files[number]
+        before = sum(f.size for f in files[:number])
+        if file.format[0] == "text":
+            block = _text_block(files, number, before)
+            yield block
+            number = block.next[0]
+            continue
+        path = local_path(file)
+        try:
+            for i, (first, data, done) in enumerate(
+                READERS[file.format[0]](file, path, column)
+            ):
+                if i >= skip:
+                    names, done = [str(path)], before + done * file.size
+                    next = (number, i + 1)
+                    yield Block(names, first, *data, done, next)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise CorpusError(
+                f"{path} is damaged or cut off: {error}; fetch it again"
+            ) from error
+        number, skip = number + 1, 0
+
+
+def _text_block(files, number, done):
+    """Whole text files, one document each, up to about BLOCK_BYTES."""
+    texts, names = [], []
+    while number < len(files) and files[number].format[0] == "text":
+        path = local_path(files[number])
+        texts.append(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        names.append(str(path))
+        done += files[number].size
+        number += 1
+        if sum(map(len, texts)) >= BLOCK_BYTES:
+            break
+    offsets = np.cumsum([0, *map(len, texts)])
+    data = b"".join(texts)
+    return Block(names, 0, data, offsets, None, done, (number, 0))
+
+
+def _read_lines(file, path, column):
+    with pa.OSFile(str(path)) as raw:
+        stream, compression = raw, file.format[1]
+        if compression:
+            stream = pa.CompressedInputStream(raw, compression)
+        first, pieces = 0, []
+        while chunk := _read_full(stream):
+            end = chunk.rfind(b"\n") + 1
+            if not end:  # inside one long line
+                pieces.append(chunk)
+                continue
+            data = b"".join([*pieces, chunk[:end]])
+            pieces = [chunk[end:]]
+            yield first, (data, None, None), raw.tell() / file.size
+            first += data.count(b"\n")
+        if data := b"".join(pieces):
+            yield first, (data, None, None), 1.0
+
+
+def _read_full(stream):
+    """BLOCK_BYTES, or what is left: the cuts depend on nothing else."""
+    pieces, missing = [], BLOCK_BYTES
+    while missing and (piece := stream.read(missing)):
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
+
+
+def _read_parquet(file, path, column):
+    with pq.ParquetFile(path) as table:
+        _check_column(path, table.schema_arrow, column)
+        metadata, size = table.metadata, 1
+        for group in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                part = metadata.row_group(group).column(i)
+                if part.path_in_schema == column:
+                    size += part.total_uncompressed_size
+        rows = min(BLOCK_BYTES * metadata.num_rows // size, BLOCK_ROWS)
+        batches = table.iter_batches(max(rows, 1), columns=[column])
+        yield from _table_blocks(batches, metadata.num_rows)
+
+
+def _read_arrow(file, path, column):
+    with pa.memory_map(str(path)) as source:
+        with pa.ipc.open_stream(source) as batches:
+            _check_column(path, batches.schema, column)
+            batches = (batch.select([column]) for batch in batches)
+            # The stream does not say how many rows it has: no progress in it.
+            yield from _table_blocks(batches, None)
+
+
+def _check_column(path, schema, column):
+    if column not in schema.names:
+        raise CorpusError(
+            f"{path} has no column {column!r}, only {', '.join(schema.names)};"
+            " name the one with the text: --column NAME"
+        )
+    kind = schema.field(column).type
+    kind = getattr(kind, "value_type", kind)  # of a dictionary
+    if not any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+        )
+    ):
+        raise CorpusError(
+            f"{path}: column {column!r} holds {kind}, not text; name another"
+            " one: --column NAME"
+        )
+
+
+def _table_blocks(batches, total):
+    first = 0
+    for batch in batches:
+        array = batch.column(0)
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        array = array.cast(pa.large_binary())
+        _, offsets, data = array.buffers()
+        offsets = np.frombuffer(offsets, np.int64)
+        offsets = offsets[array.offset : array.offset + len(array) + 1]
+        low, high = int(offsets[0]), int(offsets[-1])
+        data = data[low:high].to_pybytes() if data else b""
+        nulls = None
+        if array.null_count:
+            nulls = array.is_null().to_numpy(zero_copy_only=False)
+        done = (first + len(array)) / total if total else 0.0
+        yield first, (data, offsets - low, nulls), done
+        first += len(array)
+
+
+READERS = {
+    "lines": _read_lines,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
+
+
+# Texts
+
+
+def texts(block, column, on_bad_text):
+    """(UTF-8 text or None, what was done or None) for each record.
+
+    An empty text is b"". Raises CorpusError at the first fault where
+    `on_bad_text` is "stop"; "skip" gives None for it, "replace" puts U+FFFD
+    for what is not UTF-8 (what has no text at all is skipped there too).
+    """
+    records = _lines if block.offsets is None else _cuts
+    for i, (text, fault) in enumerate(records(block, column)):
+        if fault is None:
+            yield text, None
+        elif on_bad_text == "stop":
+            raise CorpusError(
+                f"{block.where(i)}: {fault}; mend the file, or leave such"
+                " records out (--on_bad_text=skip), or put U+FFFD for what is"
+                " not UTF-8 (--on_bad_text=replace)"
+            )
+        elif on_bad_text == "replace" and text is not None:
+            yield _replaced(text), "replaced"
+        else:
+            yield None, "skipped"
+
+
+def _replaced(text):
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    utf16 = text.encode("utf-16-le", "surrogatepass")
+    return utf16.decode("utf-16-le", "replace").encode()
+
+
+def _cuts(block, column):
+    ends = block.offsets.tolist()
+    for i in range(len(ends) - 1):
+        text = block.data[ends[i] : ends[i + 1]]
+        if block.nulls is not None and block.nulls[i]:
+            yield None, "its text is null"
+        elif not text.isascii() and (fault := _utf8_fault(text)):
+            yield text, fault
+        else:
+            yield text, None
+
+
+def _utf8_fault(text):
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return f"its text is not UTF-8 ({error})"
+    return None
+
+
+def _lines(block, column):
+    lines = block.data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for line in lines:
+        if line.isspace() or not line:
+            yield b"", None
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            # Its structure may be sound: replace inside the whole line.
+            yield _text_of_broken(line, column), f"it is not UTF-8 ({error})"
+            continue
+        except ValueError as error:
+            yield None, f"it is not JSON ({error})"
+            continue
+        text = record.get(column) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            try:
+                yield text.encode(), None
+            except UnicodeEncodeError as error:
+                yield text, f"its text has a lone surrogate ({error})"
+        elif isinstance(record, dict) and column in record:
+            found = "null" if text is None else type(text).__name__
+            yield None, f"its text is {found}"
+        else:
+            fields = ", ".join(record) if isinstance(record, dict) else "none"
+            yield None, (
+                f"it has no field {column!r}, only {fields} (--column names"
+                " another)"
+            )
+
+
+def _text_of_broken(line, column):
+    try:
+        text = json.loads(line.decode("utf-8", "replace"))[column]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return text if isinstance(text, str) else None

@@ -1,0 +1,606 @@
+"""The one pipeline from a corpus to a dataset, for every `prepare.py`.
+
+Records are read in blocks, encoded by worker processes, and written in order
+as parts of about a gigabyte. A part that is finished stays: a killed run
+goes on after the last one, and its bytes are those of an undisturbed run.
+All is kept in the dataset's folder under `.prepare/` until the last step,
+which gives the parts their names and writes meta.json.
+
+Memory depends on the size of a block and of the longest document, not on the
+corpus. Large corpora are cut into lanes, groups of files that any number of
+machines prepare independently (--shard i/n) and one command joins (--merge).
+
+    python data/slimpajama_6b_qwen3/prepare.py
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.corpus_encoder import KNOWN, load_tokenizer
+from data.corpus_readers import (
+    BLOCK_BYTES,
+    CorpusError,
+    HUB,
+    InputFile,
+    find_inputs,
+    read_blocks,
+)
+from data.corpus_workers import Settings, encode_blocks
+from training.dataset_record import SPLITS, DatasetError, part_path
+from training.dataset_writer import BinWriter, DatasetWriter, sync_folder
+
+RECIPE = 1  # raise when the same inputs would give other bytes
+SEED = 42
+WORK_FOLDER = ".prepare"
+
+
+class Corpus(NamedTuple):
+    """What a `prepare.py` prepares, where its options do not say otherwise."""
+
+    folder: Path  # of the dataset
+    inputs: str | None  # None: --input must be given
+    tokenizer: str | None  # a name in KNOWN; None: --tokenizer must be given
+    val_share: float = 0.005  # of the documents
+    part_tokens: int = 2**28  # 1 GiB
+    files_per_lane: int | None = None  # None: one lane
+
+
+class Job:
+    """One preparation: its inputs and everything that decides its bytes."""
+
+    def __init__(self, options, corpus, tokenizer, files):
+        self.folder, self.name = options.out, options.name
+        self.work = options.out / WORK_FOLDER
+        self.tokenizer, self.files = tokenizer, files
+        self.settings = Settings(
+            tokenizer,
+            options.column,
+            options.on_bad_text,
+            options.val_share,
+            SEED,
+        )
+        self.num_proc = options.num_proc
+        self.max_documents = options.max_documents
+        self.part_tokens = corpus.part_tokens
+        size = corpus.files_per_lane or max(len(files), 1)
+        if options.max_documents is not None:
+            size = max(len(files), 1)  # "the first N" needs one order
+        self.lanes = [
+            files[i : i + size] for i in range(0, len(files), size)
+        ]
+        self.plan = {
+            "recipe": RECIPE,
+            "inputs": [[f.name, f.size, f.sha256] for f in files],
+            "files_per_lane": size,
+            "block_bytes": BLOCK_BYTES,
+            "part_tokens": corpus.part_tokens,
+            "tokenizer_sha256": tokenizer.record["sha256"],
+            "eot_id": tokenizer.record["eot_id"],
+            "vocab_size": tokenizer.vocab_size,
+            "column": options.column,
+            "val_share": options.val_share,
+            "seed": SEED,
+            "on_bad_text": options.on_bad_text,
+            "max_documents": options.max_documents,
+        }
+
+    @property
+    def hash(self):
+        text = json.dumps(self.plan, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def source(self, parts):
+        """The `source` of meta.json."""
+        counts = Counter()
+        for part in parts:
+            counts.update(part["counts"])
+        return {
+            "corpus": self.name,
+            "files": len(self.files),
+            "file_bytes": sum(file.size for file in self.files),
+            "inputs_sha256": self.hash,
+            "records": counts["records"],
+            "left_out": {k: counts[k] for k in ("empty", "skipped")},
+            "replaced": counts["replaced"],
+            "on_bad_text": self.settings.on_bad_text,
+            "max_documents": self.max_documents,
+            "val_share": self.settings.val_share,
+            "seed": SEED,
+            "split": "by a seeded hash of each document's text",
+            "special_tokens": "encoded as plain text",
+        }
+
+
+# The state on disk
+
+
+def corpus_files(options):
+    """The input files; what the hub has is listed once, in manifest.json.
+
+    So all machines, and later runs, have the same files of one revision.
+    """
+    path, specs = options.out / "manifest.json", list(map(str, options.input))
+    if not any(spec.startswith(HUB) for spec in specs):
+        return find_inputs(specs)
+    if path.exists() and not options.overwrite:
+        manifest = json.loads(path.read_text())
+        if manifest["inputs"] == specs:
+            return [InputFile(*file) for file in manifest["files"]]
+    files = find_inputs(specs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest = {"inputs": specs, "files": files}
+    write_durably(path, json.dumps(manifest, indent=0).encode())
+    return files
+
+
+def is_done(job, overwrite):
+    """Whether the folder holds this dataset; CorpusError for another one."""
+    path = job.folder / "meta.json"
+    if overwrite or not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text())["source"]["inputs_sha256"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if found != job.hash:
+        raise CorpusError(
+            f"{job.folder} holds a dataset made from other inputs or with"
+            " other options; replace it with --overwrite or choose --out"
+        )
+    return True
+
+
+def begin(job, overwrite):
+    """Make the work folder, or find in it what a former run has done."""
+    plan = job.work / "plan.json"
+    text = json.dumps(job.plan, indent=1)
+    if plan.exists() and plan.read_text() != text:
+        if not overwrite:
+            raise CorpusError(
+                f"{job.work} holds an unfinished preparation of other inputs"
+                " or options; give those again to finish it, or --overwrite to"
+                " throw it away"
+            )
+        shutil.rmtree(job.work)
+    job.work.mkdir(parents=True, exist_ok=True)
+    if not plan.exists():
+        write_durably(plan, text.encode())
+
+
+def write_durably(path, content):
+    # Of several machines that write the same, each has its own name for it.
+    part = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path):
+    """Hold a lock that dies with the process."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CorpusError(
+                f"another process is at work in {path.parent}; wait for it"
+            ) from None
+        yield
+
+
+def finished_parts(job, lane):
+    """Records of the lane's parts in order, each with its bins on disk."""
+    parts = []
+    while True:
+        path = job.work / f"{lane:05d}_{len(parts):05d}.json"
+        if not path.exists():
+            return parts
+        part = json.loads(path.read_text())
+        for record in part["bins"].values():
+            size = (job.work / record["name"]).stat().st_size
+            if size != 4 * record["tokens"]:
+                raise CorpusError(
+                    f"{job.work / record['name']} has {size} bytes, not"
+                    f" {4 * record['tokens']}: begin anew with --overwrite"
+                )
+        parts.append(part)
+
+
+# A lane
+
+
+class Part:
+    """A part that is being written: a bin for each split that has documents."""
+
+    def __init__(self, work, stem):
+        self.work, self.stem = work, stem
+        self.counts = Counter()
+        self._bins = {}
+        self._lengths = {split: [] for split in SPLITS}
+        self._digests = {split: bytearray() for split in SPLITS}
+
+    @property
+    def tokens(self):
+        return sum(writer.tokens for writer in self._bins.values())
+
+    def add(self, records, encoded, counts):
+        self.counts += counts
+        self.counts["records"] += records
+        for split, documents in encoded.items():
+            if documents is None:
+                continue
+            if split not in self._bins:
+                path = self.work / f"{self.stem}.{split}.bin"
+                self._bins[split] = BinWriter(path)
+            self._bins[split].add(documents.ids)
+            self._lengths[split].append(documents.lengths)
+            self._digests[split] += documents.digests
+
+    def finish(self, next_block, last):
+        """Make the part durable; its record is written last."""
+        bins, arrays = {}, {}
+        for split, writer in self._bins.items():
+            bins[split] = writer.finish()
+            os.replace(part_path(writer.path), writer.path)
+            arrays[f"{split}_lengths"] = np.concatenate(self._lengths[split])
+            digests = np.frombuffer(self._digests[split], np.uint8)
+            arrays[f"{split}_digests"] = digests
+        path = self.work / f"{self.stem}.npz"
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        record = {
+            "next": next_block,
+            "last": last,
+            "counts": dict(self.counts),
+            "bins": bins,
+        }
+        write_durably(
+            self.work / f"{self.stem}.json", json.dumps(record).encode()
+        )
+
+    def abort(self):
+        for writer in self._bins.values():
+            writer.abort()
+
+
+def prepare_lane(job, lane, progress):
+    """Write the parts of a lane that are missing."""
+    parts = finished_parts(job, lane)
+    if parts and parts[-1]["last"]:
+        return
+    files = job.lanes[lane]
+    start = tuple(parts[-1]["next"]) if parts else (0, 0)
+    left = job.max_documents
+    if left is not None:
+        left -= sum(part["counts"]["records"] for part in parts)
+    blocks = first_records(
+        read_blocks(files, start, job.settings.column), left
+    )
+    part = Part(job.work, f"{lane:05d}_{len(parts):05d}")
+    number = len(parts)
+    results = encode_blocks(blocks, job.settings, job.num_proc)
+    try:
+        for records, block, (encoded, counts) in results:
+            part.add(records, encoded, counts)
+            progress.show(lane, block, encoded)
+            if part.tokens >= job.part_tokens:
+                part.finish(block.next, last=False)
+                number += 1
+                part = Part(job.work, f"{lane:05d}_{number:05d}")
+        part.finish((len(files), 0), last=True)
+    except BaseException:
+        part.abort()
+        raise
+    finally:
+        results.close()
+
+
+def first_records(blocks, limit):
+    """The blocks up to `limit` records in all; None for no limit."""
+    if limit is None:
+        yield from blocks
+        return
+    while limit > 0 and (block := next(blocks, None)):
+        block = block.head(limit)
+        limit -= block.records
+        yield block
+
+
+class Progress:
+    """A bar over the input's bytes: MB/s of text, tokens/s, time left."""
+
+    def __init__(self, job, lanes):
+        self.text = self.tokens = 0
+        self._start = time.perf_counter()
+        sizes = [sum(f.size for f in job.lanes[lane]) for lane in lanes]
+        self._before = dict(zip(lanes, np.cumsum([0, *sizes]).tolist()))
+        self.bar = tqdm(
+            total=sum(sizes), unit="B", unit_scale=True, desc="reading"
+        )
+
+    def show(self, lane, block, encoded):
+        for documents in encoded.values():
+            if documents is not None:
+                self.tokens += len(documents.ids)
+                self.text += int(documents.lengths[:, 1].sum())
+        seconds = time.perf_counter() - self._start
+        self.bar.set_postfix_str(
+            f"text {self.text / 1e6 / seconds:.1f} MB/s,"
+            f" {self.tokens / 1e6 / seconds:.2f} M tokens/s",
+            refresh=False,
+        )
+        self.bar.update(int(self._before[lane] + block.done) - self.bar.n)
+
+
+# The last step
+
+
+def merge(job, overwrite):
+    """Name the parts of all lanes and write meta.json; the record."""
+    parts, missing = [], []
+    for lane in range(len(job.lanes)):
+        found = finished_parts(job, lane)
+        if not found or not found[-1]["last"]:
+            missing.append(lane)
+        parts += [
+            (f"{lane:05d}_{i:05d}", part) for i, part in enumerate(found)
+        ]
+    if missing:
+        raise CorpusError(
+            f"{len(missing)} of {len(job.lanes)} lanes are not prepared yet:"
+            f" {', '.join(map(str, missing[:20]))}; run the shards that have"
+            " them (lane k belongs to shard k mod n)"
+        )
+    check_both_splits(job, [part for _, part in parts])
+    with DatasetWriter(
+        job.folder,
+        name=job.name,
+        vocab_size=job.tokenizer.vocab_size,
+        tokenizer=job.tokenizer.record,
+        source=job.source([part for _, part in parts]),
+        shard_tokens=job.part_tokens if several_bins(parts) else None,
+        overwrite=overwrite,
+    ) as writer:
+        for name, content in job.tokenizer.files.items():
+            writer.add_file(f"tokenizer/{name}", content)
+        for stem, part in parts:
+            with np.load(job.work / f"{stem}.npz", allow_pickle=False) as kept:
+                for split, record in part["bins"].items():
+                    writer.adopt(
+                        split,
+                        job.work / record["name"],
+                        record,
+                        kept[f"{split}_lengths"],
+                        kept[f"{split}_digests"].tobytes(),
+                    )
+        meta = writer.close()
+    shutil.rmtree(job.work)
+    return meta
+
+
+def several_bins(parts):
+    bins = Counter(split for _, part in parts for split in part["bins"])
+    return max(bins.values()) > 1
+
+
+def check_both_splits(job, parts):
+    found = {split for part in parts for split in part["bins"]}
+    empty = [split for split in SPLITS if split not in found]
+    if empty:
+        records = sum(part["counts"]["records"] for part in parts)
+        raise CorpusError(
+            f"of {records} records no document went to {' and '.join(empty)}"
+            f" at --val_share={job.settings.val_share}; give more documents,"
+            " or another share with --val_share and --overwrite"
+        )
+
+
+# The command
+
+
+def parse_arguments(corpus, doc, arguments=None):
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        default=[corpus.inputs] if corpus.inputs else None,
+        required=corpus.inputs is None,
+        help="files, folders, or hub:OWNER/NAME[@REVISION][:PATTERN]"
+        " (default: %(default)s)",
+    )
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        required=corpus.tokenizer is None,
+        help="tokenizer.json, tokenizer.model, a folder with one,"
+        f" {', '.join(KNOWN)} or a hub repository"
+        f" (default: {corpus.tokenizer})",
+    )
+    add("--out", type=Path, help=f"folder (default: {corpus.folder})")
+    add("--name", help="name of the dataset (default: that of --out)")
+    add("--column", default="text", help="with the text (default: text)")
+    add(
+        "--max_documents",
+        type=count,
+        help="read only the first N records",
+        metavar="N",
+    )
+    add(
+        "--num_proc",
+        type=count,
+        default=usable_cores(),
+        metavar="N",
+        help="worker processes; the bytes do not depend on it (default:"
+        " %(default)s, the cores)",
+    )
+    add(
+        "--on_bad_text",
+        choices=("stop", "skip", "replace"),
+        default="stop",
+        help="for text that is null, missing, not UTF-8 or has a lone"
+        " surrogate (default: stop)",
+    )
+    add(
+        "--val_share",
+        type=share,
+        default=corpus.val_share,
+        help="of the documents, for validation (default: %(default)s)",
+    )
+    add("--encoder", choices=("auto", "tokenizers"), default="auto")
+    add("--overwrite", action="store_true", help="replace another dataset")
+    if corpus.tokenizer is None:
+        add("--eot_token", help="end of text (default: the usual one)")
+        add("--vocab_size", type=count, help="embedding rows")
+    if corpus.files_per_lane is not None:
+        add(
+            "--shard",
+            type=shard,
+            metavar="I/N",
+            help="prepare only lanes I, I + N, ...: for N machines or jobs",
+        )
+        add("--merge", action="store_true", help="only join what is prepared")
+    options = parser.parse_args(arguments)
+    if getattr(options, "shard", None) and (
+        options.merge or options.max_documents is not None
+    ):
+        parser.error("--shard goes with neither --merge nor --max_documents")
+    folder = corpus.folder
+    if options.out is None and corpus.tokenizer is None:
+        if options.name is None:
+            parser.error("give a --name (then it is data/NAME) or --out")
+        folder = folder.parent / options.name
+    if corpus.tokenizer is not None:
+        options.name = options.name or corpus.folder.name
+    options.out = (options.out or folder).expanduser().absolute()
+    options.name = options.name or options.out.name
+    return options
+
+
+def usable_cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return number
+
+
+def share(text):
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: between 0 and 1")
+    return number
+
+
+def shard(text):
+    index, _, total = text.partition("/")
+    if not (index + total).isdecimal() or not int(index) < int(total):
+        raise argparse.ArgumentTypeError(f"{text}: I/N with 0 <= I < N")
+    return int(index), int(total)
+
+
+def prepare(options, corpus):
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(
+        options.tokenizer,
+        corpus.tokenizer,
+        getattr(options, "eot_token", None),
+        getattr(options, "vocab_size", None),
+        options.encoder,
+    )
+    job = Job(options, corpus, tokenizer, corpus_files(options))
+    if is_done(job, options.overwrite):
+        shutil.rmtree(job.work, ignore_errors=True)
+        print(f"{job.folder} already holds this dataset: nothing to do")
+        return
+    describe(job)
+    begin(job, options.overwrite)
+    index, total = getattr(options, "shard", None) or (0, 1)
+    lanes = list(range(index, len(job.lanes), total))
+    if not getattr(options, "merge", False):
+        progress = Progress(job, lanes)
+        with progress.bar:
+            for lane in lanes:
+                with locked(job.work / f"{lane:05d}.lock"):
+                    prepare_lane(job, lane, progress)
+        if getattr(options, "shard", None):
+            print(f"lanes of shard {index}/{total} are prepared; when all"
+                  " shards are, run this command with --merge")
+            return
+    meta = merge(job, options.overwrite)
+    report(job.folder, meta, time.perf_counter() - start)
+
+
+def describe(job):
+    record, fallback = job.tokenizer.record, job.tokenizer.fallback
+    print(
+        f"{record['name']}: {record['size']:,} ids, {job.tokenizer.vocab_size:,}"
+        f" rows; {record['eot_token']} ({record['eot_id']}) after every"
+        " document; special-token text inside a document is plain text"
+    )
+    if fallback:
+        print(f"encoding with tokenizers, some 50 times slower: {fallback}")
+    size = sum(file.size for file in job.files)
+    print(
+        f"{len(job.files):,} files, {size / 1e9:.2f} GB, {len(job.lanes)}"
+        f" lane(s), {job.num_proc} worker(s), into {job.folder}"
+    )
+
+
+def report(folder, meta, seconds):
+    source = meta["source"]
+    print(f"{folder}: {source['records']:,} records in {seconds:.1f} s")
+    if any(source["left_out"].values()) or source["replaced"]:
+        print(
+            f"  left out: {source['left_out']['empty']} empty,"
+            f" {source['left_out']['skipped']} bad; {source['replaced']} with"
+            " characters replaced"
+        )
+    for name, split in meta["splits"].items():
+        print(
+            f"  {name:5}  {split['documents']:,} documents"
+            f"  {split['bytes'] / 1e6:,.2f} MB  {split['tokens']:,} tokens"
+            f"  {split['bytes'] / split['tokens']:.2f} bytes per token"
+        )
+
+
+def main(corpus, doc=None, arguments=None):
+    """Run a `prepare.py`: exit status 1 and a message where it fails."""
+    options = parse_arguments(corpus, doc, arguments)
+    try:
+        prepare(options, corpus)
+    except (CorpusError, DatasetError) as error:
+        sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(
+            f"prepare.py: {error}\nWhat is finished is kept: mend this and run"
+            " the same command again to continue."
+        )
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: interrupted; the same command continues")
