@@ -98,23 +98,36 @@ def rank(runs: list[RunSummary]) -> tuple[list[RunSummary], str, list[str]]:
             reasons)
 
 
-COLUMNS = ('run', 'architecture', 'params', 'layers', 'tokens', 'bits/byte',
-           'loss', 'tok/s', 'MFU', 'GB', 'status')
+def columns(runs: list[RunSummary]) -> tuple:
+    speed = 'MFU' if any(run.median('mfu') for run in runs) else 'TFLOP/s'
+    return ('architecture', 'params', 'depth', 'tokens', 'bits/byte', 'loss',
+            'tok/s', speed, 'GB', 'run')
 
 
-def row(run: RunSummary) -> tuple:
+def row(run: RunSummary, label: str) -> tuple:
     record, last = run.record, run.last_eval or {}
-    mfu, tflops = run.median('mfu'), run.median('tflops')
+    mfu = run.median('mfu')
+    if run.status != 'finished':
+        label += f' ({run.status})'
+    if run.damaged_lines:
+        label += f' ({run.damaged_lines} damaged lines)'
     return (
-        run.name, record['arch_preset'],
-        short(record['parameters']['total']),
+        record['arch_preset'], short(record['parameters']['total']),
         str(record['architecture']['n_layer']), short(last.get('tokens')),
         number(last.get('val_bpb'), '.4f'), number(last.get('val_loss'), '.4f'),
         short(run.median('tokens_per_s')),
-        f'{mfu:.1%}' if mfu else number(tflops, '.3g', ' TF/s'),
-        number(run.peak_memory_gb, '.1f'),
-        run.status + (f', {run.damaged_lines} damaged lines'
-                      if run.damaged_lines else ''))
+        f'{mfu:.1%}' if mfu else number(run.median('tflops'), '.3g'),
+        number(run.peak_memory_gb, '.1f'), label)
+
+
+def labels(runs: list[RunSummary]) -> list[str]:
+    """The shortest names that tell the runs apart."""
+    for name in (lambda run: run.folder.parent.name,
+                 lambda run: run.folder.name, lambda run: run.name):
+        names = [name(run) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
 
 
 def short(value) -> str:
@@ -131,13 +144,16 @@ def number(value, spec, unit='') -> str:
     return '-' if value is None else format(value, spec) + unit
 
 
-def table(rows: list[tuple]) -> str:
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows)]
-    lines = ['  '.join(cell.ljust(width) if i < 2 or i == len(widths) - 1
-                       else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(line, widths)))
-             for line in (COLUMNS, *rows)]
-    return '\n'.join(line.rstrip() for line in lines)
+def table(head: tuple, rows: list[tuple]) -> str:
+    """Columns of text: the first and the last flush left, numbers right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return '\n'.join(
+        '  '.join(cell.ljust(width) if i in (0, len(widths) - 1)
+                  else cell.rjust(width)
+                  for i, (cell, width) in enumerate(
+                      zip(line, widths, strict=True))).rstrip()
+        for line in lines)
 
 
 def baseline(runs: list[RunSummary]) -> tuple[float, float | None] | None:
@@ -154,8 +170,8 @@ def baseline(runs: list[RunSummary]) -> tuple[float, float | None] | None:
         print('no bigram baseline: the dataset has changed since the runs')
         return None
     eval_set = EvalSet(
-        dataset.split('val'), eval_bytes=runs[0].record['options'][
-            'eval_bytes'], block_size=1, eot_id=dataset.eot_id)
+        dataset.split('val'), eval_bytes=data['eval_bytes_wanted'],
+        block_size=1, eot_id=dataset.eot_id)
     return bigram_baseline(dataset, eval_set)
 
 
@@ -227,7 +243,9 @@ def main(argv=None) -> int:
             return 2
         print(ranked[0].folder)
         return 0
-    print(table([row(run) for run in ranked]))
+    print(table(columns(ranked), [
+        row(run, name)
+        for run, name in zip(ranked, labels(ranked), strict=True)]))
     base = baseline(runs)
     if base is not None:
         bits = '' if base[1] is None else f'{base[1]:.4f} bits per byte, '

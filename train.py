@@ -1,7 +1,9 @@
 """Train a language model: one page of options, one page of training.
 
 Runs on one CPU or one GPU. A config file sets options, the command line
-overrides them; every start makes a new run folder in out_dir.
+overrides them; every start makes a new run folder in out_dir. Ctrl-C and
+SIGTERM save a checkpoint first. Exit status: 0 finished, 2 wrong options or
+data, 3 a loss or gradient that is not finite, 128 + n stopped by signal n.
 
     python train.py config/quickstart.py --arch_preset=llama3
 """
@@ -81,7 +83,8 @@ grad_clip: NonNegativeFloat = 1.0  # 0: gradients are not clipped
 
 # evaluation, checkpoints and logs
 eval_interval: Positive = 250  # updates; also before the first and at the end
-eval_bytes: Positive = 1_000_000  # text scored: the first whole documents
+eval_bytes: Positive | None = None  # text scored, the first whole documents;
+#   None: 1,000,000, on a CPU 20,000
 log_interval: Positive = 10
 checkpoint_interval: Positive | None = None  # None: at evaluations only
 always_save_checkpoint: bool = False  # True: at every evaluation, not only at
@@ -93,7 +96,8 @@ wandb_run_name: str | None = None  # None: the run folder's name
 
 # system
 device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-dtype: Literal[tuple(DTYPES)] = 'bfloat16'  # of the matmuls; weights are fp32
+dtype: Literal[tuple(DTYPES)] = 'bfloat16'  # of the matmuls;
+#   weights, their gradients and the optimizer are float32
 compile: bool = True  # torch.compile
 use_zero1: bool = False  # shard the optimizer's state over the processes
 use_fsdp: bool = False  # shard everything over the processes (FSDP2)
@@ -111,7 +115,7 @@ def main():
 
 
 def train(job) -> int:
-    """The training loop; returns the exit status (see TRAINING_GUIDE.md)."""
+    """The training loop; returns the exit status."""
     model, optimizer, run = job.model, job.optimizer, job.run
     forward = torch.compile(model, dynamic=False) if compile else model
     progress = Progress(job)
@@ -131,7 +135,7 @@ def train(job) -> int:
         loss = torch.zeros((), device=job.device)
         for _ in range(job.accumulation):
             x, y = job.loader.next_batch()
-            with autocast(job.device, dtype):
+            with autocast(job.device, job.dtype):
                 _, micro_loss = forward(x, y, return_logits=False)
             # all micro-steps have equally many tokens: the mean of their
             # means is the mean over the tokens
@@ -163,7 +167,7 @@ def train(job) -> int:
 def evaluate_and_save(job, forward, step, progress):
     val_loss, val_bpb = evaluate(
         forward, job.eval_set, batch_size=batch_size, device=job.device,
-        dtype=dtype, progress=progress.eval_bar)
+        dtype=job.dtype, progress=progress.eval_bar)
     progress.evaluated(step, val_loss, val_bpb)
     best = val_loss < job.best_val_loss
     job.best_val_loss = min(val_loss, job.best_val_loss)

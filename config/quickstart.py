@@ -26,8 +26,8 @@ warmup_iters = 100        # with 20 they end at 1.9 bits per byte, not 1.76
 
 # output
 out_dir = 'out-quickstart'
-eval_interval = 300
-eval_bytes = 300_000
+eval_interval = 150
+eval_bytes = 150_000
 log_interval = 50
 
 # system

@@ -278,7 +278,8 @@ def _read_lines(file, path, column):
             stream = pa.CompressedInputStream(raw, compression)
         first, pieces = 0, []
         while chunk := _read_full(stream):
-            end = chunk.rfind(b"\n") + 1
+            at_end = len(chunk) < BLOCK_BYTES
+            end = len(chunk) if at_end else chunk.rfind(b"\n") + 1
             if not end:  # inside one long line
                 pieces.append(chunk)
                 continue

@@ -29,11 +29,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import corpus_readers
 from data.corpus_encoder import KNOWN, load_tokenizer
 from data.corpus_readers import (
-    BLOCK_BYTES,
-    CorpusError,
     HUB,
+    CorpusError,
     InputFile,
     find_inputs,
     read_blocks,
@@ -85,7 +85,7 @@ class Job:
             "recipe": RECIPE,
             "inputs": [[f.name, f.size, f.sha256] for f in files],
             "files_per_lane": size,
-            "block_bytes": BLOCK_BYTES,
+            "block_bytes": corpus_readers.BLOCK_BYTES,
             "part_tokens": corpus.part_tokens,
             "tokenizer_sha256": tokenizer.record["sha256"],
             "eot_id": tokenizer.record["eot_id"],
@@ -217,7 +217,8 @@ def finished_parts(job, lane):
             if size != 4 * record["tokens"]:
                 raise CorpusError(
                     f"{job.work / record['name']} has {size} bytes, not"
-                    f" {4 * record['tokens']}: begin anew with --overwrite"
+                    f" {4 * record['tokens']}: remove {job.work} and run the"
+                    " same command again"
                 )
         parts.append(part)
 

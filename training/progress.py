@@ -35,7 +35,8 @@ class Progress:
 
     def step_ended(self, step, loss, grad_norm, lr):
         """Count the step; every log_interval, write its record and line."""
-        logged = step % self.log_interval == 0 or self._first
+        logged = (step % self.log_interval == 0 or self._first
+                  or step == self.job.max_iters)
         if logged:
             synchronize(self.job.device)
         seconds = time.perf_counter() - self._begin

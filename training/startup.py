@@ -7,6 +7,7 @@ checked, and an existing run is touched only once it is known to fit.
 import dataclasses
 import math
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from training.dataset import Dataset, open_dataset
 from training.device import (
     DTYPES,
     check_compiler,
+    computing_dtype,
     device_name,
     resolve_device,
 )
@@ -49,6 +51,8 @@ from training.run_log import (
 ARCHITECTURE_OPTIONS = tuple(
     field.name for field in dataclasses.fields(ModelArchitectureConfig))
 
+EVAL_BYTES = 1_000_000
+CPU_EVAL_BYTES = 20_000  # more takes a large model longer than its training
 # architecture fields that change how the model computes, not what
 FREE_FIELDS = ('attention_backend',)
 
@@ -61,6 +65,7 @@ class Job:
     config: ModelArchitectureConfig
     dataset: Dataset
     device: torch.device
+    dtype: str             # what the matmuls really run in
     run: Run
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -108,7 +113,7 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
     config, device = plan['config'], plan['device']
 
     train_split, val_split = dataset.split('train'), dataset.split('val')
-    eval_set = EvalSet(val_split, eval_bytes=options['eval_bytes'],
+    eval_set = EvalSet(val_split, eval_bytes=plan['eval_bytes'],
                        block_size=config.block_size, eot_id=dataset.eot_id)
     record = make_record(parsed, plan, dataset, eval_set, argv)
     weights = None
@@ -148,7 +153,7 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
     print_report(record, run, plan, start_step)
     return Job(
         options=options, config=config, dataset=dataset, device=device,
-        run=run, model=model, optimizer=optimizer, loader=loader,
+        dtype=plan['dtype'][0], run=run, model=model, optimizer=optimizer, loader=loader,
         eval_set=eval_set, max_iters=plan['max_iters'],
         schedule=plan['schedule'], accumulation=plan['accumulation'],
         tokens_per_iter=plan['tokens_per_iter'], start_step=start_step,
@@ -229,11 +234,14 @@ def resolve(options: dict, dataset: Dataset) -> dict:
                                    plan['max_iters'])
     if problems:
         raise ConfigError(problems)
+    plan['dtype'] = computing_dtype(device, options['dtype'])
     plan['attention'] = attention_in_use(
-        config.attention_backend, device.type, DTYPES[options['dtype']])
+        config.attention_backend, device.type, DTYPES[plan['dtype'][0]])
     plan['device_name'] = device_name(device)
     plan['peak_tflops'] = options['peak_tflops'] or peak_tflops_of(
-        plan['device_name'], options['dtype'])
+        plan['device_name'], plan['dtype'][0])
+    plan['eval_bytes'] = options['eval_bytes'] or (
+        CPU_EVAL_BYTES if device.type == 'cpu' else EVAL_BYTES)
     return plan
 
 
@@ -324,7 +332,7 @@ def make_record(parsed, plan, dataset, eval_set, argv) -> dict:
         'schedule': plan['schedule'],
         'world_size': plan['world_size'],
         'device': plan['device_name'],
-        'dtype': parsed.values['dtype'],
+        'dtype': plan['dtype'][0],
         'peak_tflops': plan['peak_tflops'],
         'attention': plan['attention'][0],
         'dataset': {
@@ -336,6 +344,7 @@ def make_record(parsed, plan, dataset, eval_set, argv) -> dict:
                           for key in ('name', 'size', 'sha256')},
             'train_tokens': dataset.split('train').tokens,
             'val_text_sha256': dataset.split('val').text_sha256,
+            'eval_bytes_wanted': plan['eval_bytes'],
             'eval_documents': eval_set.documents,
             'eval_bytes': eval_set.bytes,
             'eval_tokens': eval_set.tokens,
@@ -379,13 +388,18 @@ def _run_or_checkpoint(path) -> Path:
                        f'and {error}') from error
 
 
+def with_reason(choice: tuple[str, str]) -> str:
+    """'sdpa (why)' for what runs in place of what was asked for."""
+    name, reason = choice
+    return name if reason == 'as configured' else f'{name} ({reason})'
+
+
 def print_report(record, run, plan, start_step):
     """What was built, as opposed to what was asked for."""
     options, data = record['options'], record['dataset']
     parameters = record['parameters']
     tokens = plan['tokens_per_iter'] * plan['max_iters']
     flops = record['flops_per_token']
-    name, reason = plan['attention']
     sharding = [o for o in ('use_zero1', 'use_fsdp') if options[o]]
     rows = [
         ('run', f'{run.folder}'
@@ -408,14 +422,16 @@ def print_report(record, run, plan, start_step):
         ('FLOPs', f'{flops / 1e9:.4g} G a token '
                   f'({record["flops_per_token_causal"] / 1e9:.4g} G causal), '
                   f'{flops * tokens:.3g} in all'),
-        ('device', f'{record["device"]}, {record["dtype"]}, '
+        ('device', f'{record["device"]}, '
                    + ('compiled' if options['compile'] else 'not compiled')),
-        ('attention', name if reason == 'as configured'
-         else f'{name} ({reason})'),
+        ('dtype', with_reason(plan['dtype'])),
+        ('attention', with_reason(plan['attention'])),
     ]
     if sharding:
         rows.append((sharding[0], 'has no effect: one process has nothing to '
                                   'share'))
     for key, value in rows:
-        print(f'{key:13} {value}')
+        print(textwrap.fill(value, 80, initial_indent=f'{key:13} ',
+                            subsequent_indent=14 * ' ',
+                            break_long_words=False, break_on_hyphens=False))
     print(flush=True)
