@@ -1,10 +1,15 @@
 """Checkpoints: tensors as safetensors, everything else as JSON.
 
     checkpoints/step_00001000/
-        model.safetensors       fp32 weights by name, a tied head once
-        optimizer.safetensors   'exp_avg/<name>', 'exp_avg_sq/<name>', ...
-        state.json              step, architecture, sizes and SHA-256 of both
-    checkpoints/latest          link to the newest
+        model-00000-of-00002.safetensors      fp32 weights, a tied head once
+        optimizer-00000-of-00002.safetensors  'exp_avg/<name>', ...
+        state.json                  step, architecture, sizes and hashes
+    checkpoints/latest              link to the newest
+
+Every rank writes what it holds, or its share of what all hold. A tensor that
+lies whole in one file has its name and shape; a part of one is flat and named
+'<name>@<start>', where it begins in the flattened tensor. So any number of
+ranks and any strategy can read what any other wrote.
 
 A checkpoint is written aside, fsynced and renamed, so that a folder with the
 final name is complete. Nothing is unpickled.
@@ -12,14 +17,18 @@ final name is complete. Nothing is unpickled.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from training.distributed import Ranks, all_or_none
 from training.run_log import point_to, write_json
+from training.strategies import MOMENTS
 
 FORMAT_VERSION = 1
 
@@ -28,66 +37,126 @@ class CheckpointError(ValueError):
     """A checkpoint that is absent, damaged, or of another model."""
 
 
-def save_checkpoint(run_folder, model, optimizer, *, step, val_loss=None,
+# --- writing ---------------------------------------------------------------
+
+
+def save_checkpoint(run_folder, strategy, *, step, val_loss=None,
                     keep=2) -> Path:
-    """Write checkpoints/step_XXXXXXXX and prune older ones.
+    """Write checkpoints/step_XXXXXXXX, on all ranks together; then prune.
 
     `step` counts finished updates, `val_loss` is the evaluation at that step,
-    if there was one. The `keep` newest and the best by `val_loss` stay.
+    if there was one. The `keep` newest and the best by `val_loss` stay;
+    nothing is pruned before the new one is durable.
     """
+    ranks = strategy.ranks
     folder = Path(run_folder) / 'checkpoints'
-    folder.mkdir(exist_ok=True)
     final = folder / f'step_{step:08d}'
     part = folder / f'.{final.name}.part'
+
+    def publish():
+        files = {}
+        for path in sorted(part.glob('*.files.json')):
+            files |= json.loads(path.read_text())
+            path.unlink()
+        write_json(part / 'state.json', {
+            'format_version': FORMAT_VERSION, 'step': step,
+            'val_loss': val_loss, 'world_size': ranks.world_size,
+            'optimizer_steps': strategy.optimizer_steps,
+            'architecture': strategy.model.config.to_dict(), 'files': files})
+        _fsync(part)
+        if final.exists():  # the same step, trained again after a resume
+            shutil.rmtree(final)
+        os.rename(part, final)
+        point_to(folder / 'latest', final.name)
+        _fsync(folder)
+        _prune(folder, keep)
+
+    on_main(ranks, _make_part, folder, part)
+    all_or_none(_write_share, part, strategy)
+    on_main(ranks, publish)
+    return final
+
+
+def on_main(ranks: Ranks, function, *arguments):
+    """Call on rank 0, while the others wait; if it raises, all raise."""
+    return all_or_none(function if ranks.is_main else lambda *_: None,
+                       *arguments)
+
+
+def _make_part(folder: Path, part: Path):
+    folder.mkdir(exist_ok=True)
     for left_over in folder.glob('.*.part'):
-        shutil.rmtree(left_over)  # of a save that was killed
+        if left_over.is_dir():
+            shutil.rmtree(left_over)  # of a save that was killed
     part.mkdir()
 
-    names = {p: n for n, p in model.named_parameters()}
-    save_file({n: p.detach() for p, n in names.items()},
-              part / 'model.safetensors')
-    moments = {f'{key}/{names[p]}': value
-               for p, state in optimizer.state.items()
-               for key, value in state.items()}
-    save_file(moments, part / 'optimizer.safetensors')
-    files = {name: {'bytes': (part / name).stat().st_size,
-                    'sha256': _sha256(part / name)}
-             for name in ('model.safetensors', 'optimizer.safetensors')}
-    write_json(part / 'state.json', {
-        'format_version': FORMAT_VERSION, 'step': step, 'val_loss': val_loss,
-        'architecture': model.config.to_dict(), 'files': files})
-    for path in [*part.iterdir(), part]:
-        _fsync(path)
-    if final.exists():  # the same step, trained again after a resume
-        shutil.rmtree(final)
-    os.rename(part, final)
-    point_to(folder / 'latest', final.name)
-    _fsync(folder)
-    _prune(folder, keep)
-    return final
+
+def _write_share(part: Path, strategy):
+    """This rank's two files, with a list of their sizes and hashes."""
+    ranks = strategy.ranks
+    suffix = f'{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors'
+    weights = dict(_named(p, p.weight, p.name, strategy.weights_on_all_ranks,
+                          ranks) for p in strategy.weights())
+    moments = dict(_named(p, strategy.moment(p, kind), f'{kind}/{p.name}',
+                          strategy.moments_on_all_ranks, ranks)
+                   for p in strategy.pieces() for kind in MOMENTS)
+    files = {}
+    for name, tensors in ((f'model-{suffix}', weights),
+                          (f'optimizer-{suffix}', moments)):
+        save_file({k: t for k, t in tensors.items() if t.numel()}, part / name)
+        _fsync(part / name)
+        files[name] = {'bytes': (part / name).stat().st_size,
+                       'sha256': _sha256(part / name)}
+    write_json(part / f'{ranks.rank:05d}.files.json', files)
+
+
+def _named(piece, value, name, on_all_ranks: bool, ranks: Ranks):
+    """(key, tensor) of the share of a piece that this rank writes."""
+    start = piece.start
+    if on_all_ranks:
+        a = len(value) * ranks.rank // ranks.world_size
+        b = len(value) * (ranks.rank + 1) // ranks.world_size
+        start, value = start + a, value[a:b]
+    if len(value) == math.prod(piece.shape):
+        return name, value.view(piece.shape)
+    return f'{name}@{start}', value
 
 
 def _prune(folder: Path, keep: int):
     found = sorted(folder.glob('step_*'))
-    scored = [(read_state(c)['val_loss'], c) for c in found]
+    scored = []
+    for checkpoint in found:
+        try:
+            scored.append((read_state(checkpoint)['val_loss'], checkpoint))
+        except CheckpointError:
+            continue  # damaged later; it is not for pruning to judge
     best = min(((loss, c) for loss, c in scored if loss is not None),
                default=(None, None))[1]
-    for checkpoint in found[:-keep]:
-        if checkpoint != best:
+    for _, checkpoint in scored:
+        if checkpoint != best and checkpoint not in found[-keep:]:
             shutil.rmtree(checkpoint)
 
 
-def find_checkpoint(run_folder) -> Path:
-    """The newest checkpoint of a run; `run_folder` may be a checkpoint."""
+# --- reading ---------------------------------------------------------------
+
+
+def find_checkpoints(run_folder) -> list[Path]:
+    """All checkpoints of a run, newest first, at least one; `run_folder` may
+    be a checkpoint itself."""
     run_folder = Path(run_folder)
     if (run_folder / 'state.json').exists():
-        return run_folder
-    found = sorted((run_folder / 'checkpoints').glob('step_*'))
+        return [run_folder]
+    found = sorted((run_folder / 'checkpoints').glob('step_*'), reverse=True)
     if not found:
         raise CheckpointError(
             f'{run_folder} holds no checkpoint: the run ended before its '
             'first; start anew with --init_from=scratch')
-    return found[-1]
+    return found
+
+
+def find_checkpoint(run_folder) -> Path:
+    """The newest checkpoint of a run."""
+    return find_checkpoints(run_folder)[0]
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -103,56 +172,131 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
-def load_checkpoint(checkpoint: Path, model, optimizer=None) -> dict:
-    """Load weights, and the optimizer's state if one is given; returns
-    state.json. Checks hashes, names and shapes before it changes anything."""
-    state = read_state(checkpoint)
-    weights = _read_tensors(checkpoint, 'model.safetensors', state)
-    parameters = dict(model.named_parameters())
-    _compare(checkpoint, {n: tuple(p.shape) for n, p in parameters.items()},
-             {n: tuple(t.shape) for n, t in weights.items()})
-    moments = None
-    if optimizer is not None:
-        moments = _read_tensors(checkpoint, 'optimizer.safetensors', state)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(weights[name])
-    if moments is not None:
-        names = {p: n for n, p in parameters.items()}
-        ordered = [names[p] for group in optimizer.param_groups
-                   for p in group['params']]
-        by_parameter = {name: {} for name in ordered}
-        for key, value in moments.items():
-            kind, name = key.split('/', 1)
-            by_parameter[name][kind] = value
-        optimizer.load_state_dict({
-            'state': {i: by_parameter[name] for i, name in enumerate(ordered)
-                      if by_parameter[name]},
-            'param_groups': optimizer.state_dict()['param_groups']})
+def verify_checkpoint(checkpoint: Path, ranks: Ranks = Ranks()) -> dict:
+    """state.json, once every file has the size and hash that were written.
+
+    The ranks share the hashing; all of them raise if one finds damage.
+    """
+    def check():
+        state = read_state(checkpoint)
+        for i, (name, expected) in enumerate(sorted(state['files'].items())):
+            _check_file(Path(checkpoint) / name, expected,
+                        hashed=i % ranks.world_size == ranks.rank)
+        return state
+
+    return all_or_none(check)
+
+
+def _check_file(path: Path, expected: dict, hashed: bool):
+    size = path.stat().st_size if path.exists() else None
+    remedy = ('the checkpoint is damaged; remove its folder to go on from '
+              'the one before')
+    if size != expected['bytes']:
+        raise CheckpointError(f'{path} has {size or 0:,} bytes where '
+                              f'{expected["bytes"]:,} were written: {remedy}')
+    if hashed and _sha256(path) != expected['sha256']:
+        raise CheckpointError(f'{path} does not have the SHA-256 that was '
+                              f'written: {remedy}')
+
+
+class Tensors:
+    """The tensors of a checkpoint's files, whole or in parts, by range."""
+
+    def __init__(self, checkpoint: Path, state: dict, kind: str):
+        self.checkpoint = Path(checkpoint)
+        self.shapes = {}  # of those that lie whole in one file
+        self._parts = {}  # name -> [(start, length, key, file)]
+        for name in sorted(state['files']):
+            if not name.startswith(kind):
+                continue
+            try:
+                file = safe_open(self.checkpoint / name, 'pt')
+            except SafetensorError as error:
+                raise CheckpointError(f'{self.checkpoint / name} cannot be '
+                                      f'read: {error}') from error
+            for key in file.keys():
+                tensor, at, start = key.partition('@')
+                shape = tuple(file.get_slice(key).get_shape())
+                if not at:
+                    self.shapes[tensor] = shape
+                self._parts.setdefault(tensor, []).append(
+                    (int(start or 0), math.prod(shape), key, file))
+
+    def sizes(self) -> dict[str, int]:
+        """{name: number of elements}; CheckpointError where parts are
+        missing or overlap."""
+        sizes = {}
+        for name, parts in self._parts.items():
+            end = 0
+            for start, length, *_ in sorted(parts, key=lambda part: part[0]):
+                if start != end:
+                    raise CheckpointError(
+                        f'{self.checkpoint}: {name} has a part at {start} '
+                        f'where one at {end} is expected; files of different '
+                        'checkpoints are mixed')
+                end += length
+            sizes[name] = end
+        return sizes
+
+    def read(self, name: str, start: int, out: torch.Tensor):
+        """Fill the 1-D `out` with elements start.. of a flattened tensor."""
+        end = start + len(out)
+        for at, length, key, file in self._parts[name]:
+            a, b = max(start, at), min(end, at + length)
+            if a < b:
+                part = file.get_slice(key)
+                values = (part[a - at:b - at] if len(part.get_shape()) == 1
+                          else part[:].flatten()[a - at:b - at])
+                out[a - start:b - start].copy_(values)
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, model) -> dict:
+    """The weights of a checkpoint into a model of one process; state.json."""
+    state = verify_checkpoint(checkpoint)
+    tensors = Tensors(checkpoint, state, 'model')
+    _compare(checkpoint, model, tensors)
+    for name, p in model.named_parameters():
+        tensors.read(name, 0, p.view(-1))
     return state
 
 
-def _read_tensors(checkpoint, name, state) -> dict:
-    path = Path(checkpoint) / name
-    expected = state['files'][name]
-    size = path.stat().st_size if path.exists() else None
-    if size != expected['bytes']:
-        raise CheckpointError(
-            f'{path} has {size or 0:,} bytes where {expected["bytes"]:,} were '
-            'written: the checkpoint is damaged; use an older one')
-    if _sha256(path) != expected['sha256']:
-        raise CheckpointError(f'{path} does not have the SHA-256 that was '
-                              'written: it is damaged; use an older one')
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f'{path} cannot be read: {error}') from error
+@torch.no_grad()
+def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True) -> dict:
+    """Weights and AdamW's state into this rank's pieces; state.json."""
+    state = verify_checkpoint(checkpoint, strategy.ranks)
+
+    def load():
+        weights = Tensors(checkpoint, state, 'model')
+        _compare(checkpoint, strategy.model, weights)
+        for piece in strategy.weights():
+            weights.read(piece.name, piece.start, piece.weight)
+        if not with_optimizer:
+            return
+        moments = Tensors(checkpoint, state, 'optimizer')
+        moments.sizes()
+        for piece in strategy.pieces():
+            for kind in MOMENTS:
+                moments.read(f'{kind}/{piece.name}', piece.start,
+                             strategy.moment(piece, kind))
+        strategy.optimizer_steps = state['optimizer_steps']
+
+    all_or_none(load)
+    return state
 
 
-def _compare(checkpoint, model: dict, stored: dict):
-    problems = [f'{n}: {model.get(n, "absent")} here, '
-                f'{stored.get(n, "absent")} in the checkpoint'
-                for n in sorted(model.keys() | stored.keys())
-                if model.get(n) != stored.get(n)]
+def _compare(checkpoint, model, tensors: Tensors):
+    here = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    sizes = tensors.sizes()
+    problems = []
+    for name in sorted(here.keys() | sizes.keys()):
+        stored = tensors.shapes.get(name)
+        if stored is None and sizes.get(name) == math.prod(here.get(name, ())):
+            stored = here[name]  # in parts, and as many elements
+        if stored != here.get(name):
+            problems.append(f'{name}: {here.get(name, "absent")} here, '
+                            f'{stored or sizes.get(name, "absent")} in the '
+                            'checkpoint')
     if problems:
         more = len(problems) - 8
         shown = problems[:8] + ([f'and {more} more'] if more > 0 else [])

@@ -10,16 +10,18 @@ import torch
 DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto' -> CUDA, else MPS, else CPU; a device that is absent is a
-    ValueError."""
+    ValueError. On CUDA, each process of a node takes the GPU of its number."""
     available = ['cpu']
     if torch.backends.mps.is_available():
         available.insert(0, 'mps')
     if torch.cuda.is_available():
         available.insert(0, 'cuda')
     if name == 'auto':
-        return torch.device(available[0])
+        name = available[0]
+    if name == 'cuda':
+        name = f'cuda:{local_rank}'
     try:
         device = torch.device(name)
     except RuntimeError:

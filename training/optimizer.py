@@ -5,20 +5,26 @@ import math
 import torch
 
 
-def build_optimizer(model, *, learning_rate, weight_decay, betas, eps):
+def build_optimizer(model, **options):
+    """AdamW for the model's parameters; see `adamw`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return adamw(parameters, [p.dim() for p in parameters], **options)
+
+
+def adamw(parameters, dims, *, learning_rate, weight_decay, betas, eps):
     """AdamW; weight decay on parameters of two or more dimensions only.
 
-    Norm weights and biases are left out of the decay, as in GPT-3. The fused
-    kernel is taken wherever PyTorch has one for the device.
+    Norm weights and biases are left out of the decay, as in GPT-3. `dims` are
+    the dimensions that count: a parameter may be a flat part of a matrix. The
+    fused kernel is taken wherever PyTorch has one for the device.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    pairs = list(zip(parameters, dims, strict=True))
     groups = [
-        {'params': [p for p in parameters if p.dim() >= 2],
+        {'params': [p for p, d in pairs if d >= 2],
          'weight_decay': weight_decay},
-        {'params': [p for p in parameters if p.dim() < 2],
-         'weight_decay': 0.0},
+        {'params': [p for p, d in pairs if d < 2], 'weight_decay': 0.0},
     ]
-    fused = parameters[0].device.type in ('cpu', 'cuda', 'mps')
+    fused = {p.device.type for p in parameters} <= {'cpu', 'cuda', 'mps'}
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps,
                              fused=fused)
 

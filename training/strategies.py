@@ -1,0 +1,236 @@
+"""How a model is spread over processes: replicated, ZeRO-1 or FSDP2.
+
+A strategy owns the optimizer and answers the same five questions: how to
+call the model, when gradients are summed over the ranks, how they are clipped,
+how a step is made, and which ranges of the weights and of AdamW's state this
+rank holds (what a checkpoint is made of).
+
+                 weights      gradients    optimizer state
+    Replicated   all          all          all               DDP
+    Zero1        all          all          1/W of elements   DDP
+    FSDP         1/W of rows  1/W of rows  1/W of rows       fully_shard
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from training.optimizer import adamw, build_optimizer
+
+ALIGNMENT = 64  # elements; a vector load must not straddle two parameters
+MOMENTS = ('exp_avg', 'exp_avg_sq')
+
+
+@dataclass
+class Piece:
+    """Elements start..start+len(weight) of a flattened parameter."""
+
+    name: str
+    shape: tuple          # of the whole parameter
+    start: int
+    weight: torch.Tensor  # 1-D, shares the parameter's memory
+    owner: torch.Tensor   # the optimizer's key of its state
+
+
+class Replicated:
+    """Every rank holds everything; DDP averages the gradients."""
+
+    weights_on_all_ranks = True
+    moments_on_all_ranks = True
+
+    def __init__(self, model, ranks, optimizer_options):
+        self.model, self.ranks = model, ranks
+        self.optimizer = self._build_optimizer(optimizer_options)
+        self.ddp = None
+
+    def _build_optimizer(self, options):
+        return build_optimizer(self.model, **options)
+
+    def wrap(self, forward):
+        """What to call in place of `forward` in training."""
+        if self.ranks.world_size == 1:
+            return forward
+        device = next(self.model.parameters()).device
+        # gradients live in DDP's buckets: a second copy of them is 4 bytes
+        # a parameter
+        self.ddp = DistributedDataParallel(
+            forward, gradient_as_bucket_view=True, broadcast_buffers=False,
+            device_ids=[device] if device.type == 'cuda' else None)
+        return self.ddp
+
+    def accumulating(self, last: bool):
+        """Context of a micro-step; gradients are averaged in the last."""
+        if self.ddp is None or last:
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip to `max_norm`; the norm before, over all ranks."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(),
+                                              max_norm)
+
+    def set_learning_rate(self, lr: float):
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def pieces(self) -> list[Piece]:
+        """The ranges whose optimizer state this rank holds, weights with
+        them."""
+        return [Piece(name, tuple(p.shape), 0, p.detach().view(-1), p)
+                for name, p in self.model.named_parameters()]
+
+    def weights(self) -> list[Piece]:
+        """The ranges of the weights that this rank holds."""
+        return self.pieces()
+
+    def moment(self, piece: Piece, kind: str) -> torch.Tensor:
+        """AdamW's state of a piece, made if there is none yet: 1-D fp32."""
+        state = self.optimizer.state[piece.owner]
+        if kind not in state:
+            state[kind] = torch.zeros_like(
+                piece.owner, memory_format=torch.preserve_format)
+        value = state[kind]
+        value = value.to_local() if hasattr(value, 'to_local') else value
+        return value.view(-1)
+
+    @property
+    def optimizer_steps(self) -> int:
+        for state in self.optimizer.state.values():
+            return int(state['step'])
+        return 0
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int):
+        for group in self.optimizer.param_groups:
+            for p in group['params']:
+                self.optimizer.state[p]['step'] = torch.tensor(
+                    float(steps), device=p.device)
+
+
+class Zero1(Replicated):
+    """DDP, with AdamW's state shared out by elements (Rajbhandari et al.
+    2020, https://arxiv.org/abs/1910.02054, stage 1).
+
+    The parameters are laid one after another in one flat buffer, and rank r
+    updates the r-th of `world_size` equal parts of it, wherever they cut a
+    parameter; one all-gather then brings the updated buffer to all.
+    """
+
+    moments_on_all_ranks = False
+
+    def _build_optimizer(self, options):
+        parameters = list(self.model.named_parameters())
+        W = self.ranks.world_size
+        starts, end = [], 0
+        for _, p in parameters:
+            starts.append(end)
+            end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        self.part = -(-end // (W * ALIGNMENT)) * ALIGNMENT
+        first = parameters[0][1]
+        self.flat = torch.zeros(W * self.part, device=first.device,
+                                dtype=first.dtype)
+        for (_, p), start in zip(parameters, starts, strict=True):
+            place = self.flat[start:start + p.numel()].view_as(p)
+            place.copy_(p.data)
+            p.data = place
+
+        low = self.ranks.rank * self.part
+        self._pieces, dims = [], []
+        for (name, p), start in zip(parameters, starts, strict=True):
+            a = max(low, start) - start
+            b = min(low + self.part, start + p.numel()) - start
+            if a < b:
+                mine = torch.nn.Parameter(p.data.view(-1)[a:b])
+                self._pieces.append(
+                    Piece(name, tuple(p.shape), a, mine.detach(), mine))
+                dims.append(p.dim())  # decay goes by the whole parameter's
+        self._by_name = dict(parameters)
+        return adamw([piece.owner for piece in self._pieces], dims, **options)
+
+    def step(self):
+        for piece in self._pieces:
+            grad = self._by_name[piece.name].grad.view(-1)
+            piece.owner.grad = grad[piece.start:
+                                    piece.start + len(piece.weight)]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        low = self.ranks.rank * self.part
+        dist.all_gather_into_tensor(
+            self.flat, self.flat[low:low + self.part].clone())
+
+    def pieces(self):
+        return self._pieces
+
+    def weights(self):
+        return Replicated.pieces(self)
+
+
+class FSDP(Replicated):
+    """FSDP2: weights, gradients and AdamW's state are sharded by rows.
+
+    Each block is gathered when it runs. Computation in bf16 where asked for,
+    the sum of gradients over the ranks in fp32.
+    """
+
+    weights_on_all_ranks = False
+    moments_on_all_ranks = False
+
+    def __init__(self, model, ranks, optimizer_options, *, dtype, device,
+                 reshard_after_forward):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if dtype == 'bfloat16' else None,
+            reduce_dtype=torch.float32)
+        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        for block in model.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy,
+                        reshard_after_forward=reshard_after_forward)
+        # the head is used again at once in the backward pass
+        fully_shard(model, mesh=mesh, mp_policy=policy,
+                    reshard_after_forward=False)
+        super().__init__(model, ranks, optimizer_options)
+
+    def wrap(self, forward):
+        return forward
+
+    def accumulating(self, last):
+        self.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def clip(self, max_norm):
+        return super().clip(max_norm).full_tensor()
+
+    def pieces(self):
+        found = []
+        for name, p in self.model.named_parameters():
+            local = p.to_local().detach()
+            rows = p.shape[0]
+            # the rows of rank r under torch.chunk, which FSDP2 follows
+            step = -(-rows // self.ranks.world_size)
+            first = min(rows, step * self.ranks.rank)
+            start = first * (p.numel() // rows)
+            if local.numel():
+                found.append(Piece(name, tuple(p.shape), start,
+                                   local.view(-1), p))
+        return found
+
+
+def build_strategy(model, ranks, optimizer_options, *, use_zero1, use_fsdp,
+                   fsdp_reshard_after_forward, dtype, device):
+    """The strategy that the options ask for; one process needs none."""
+    if ranks.world_size > 1 and use_fsdp:
+        return FSDP(model, ranks, optimizer_options, dtype=dtype,
+                    device=device,
+                    reshard_after_forward=fsdp_reshard_after_forward)
+    if ranks.world_size > 1 and use_zero1:
+        return Zero1(model, ranks, optimizer_options)
+    return Replicated(model, ranks, optimizer_options)
