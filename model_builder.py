@@ -6,11 +6,13 @@
         print(f'{model.get_num_params():,}')"
 """
 
+import functools
 import math
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model_components import (
     FEED_FORWARDS,
@@ -152,6 +154,13 @@ class ConfigurableGPT(nn.Module):
         for block in self.h:
             x = block(x, self.rope)
         return self.ln_f(x)
+
+    def checkpoint_blocks(self):
+        """Keep no activations within a block; the backward pass computes
+        them again (Chen et al. 2016, https://arxiv.org/abs/1604.06174)."""
+        for block in self.h:
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None,

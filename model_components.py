@@ -35,8 +35,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x):
-        y = F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias,
-                         self.eps)
+        bias = None if self.bias is None else self.bias.float()
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(),
+                         bias, self.eps)
         return y.type_as(x)
 
 
@@ -53,8 +54,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        # with one dtype for input and weight PyTorch takes its fused kernel
-        y = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        # with one dtype for input and weight PyTorch takes its fused kernel;
+        # FSDP hands over weights in bf16
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(),
+                       self.eps)
         return y.type_as(x)
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
-from training.checkpoint import find_checkpoint, load_checkpoint, read_state
+from training.checkpoint import find_checkpoint, load_weights, read_state
 from training.configurator import (
     NonNegative,
     NonNegativeFloat,
@@ -71,7 +71,7 @@ def load(path, target):
     config = ModelArchitectureConfig.from_dict(
         read_state(checkpoint)['architecture'])
     model = ConfigurableGPT(config).to(target).eval()
-    load_checkpoint(checkpoint, model)
+    load_weights(checkpoint, model)
     record = read_record(checkpoint.parent.parent)
     dataset = open_dataset(record['dataset']['folder'])
     if dataset.tokenizer_folder is None:

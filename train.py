@@ -1,11 +1,13 @@
 """Train a language model: one page of options, one page of training.
 
-Runs on one CPU or one GPU. A config file sets options, the command line
-overrides them; every start makes a new run folder in out_dir. Ctrl-C and
+Runs on a CPU, a GPU, or under torchrun on many. A config file sets options,
+the command line overrides them; every start makes a new run folder in out_dir. Ctrl-C and
 SIGTERM save a checkpoint first. Exit status: 0 finished, 2 wrong options or
 data, 3 a loss or gradient that is not finite, 128 + n stopped by signal n.
 
     python train.py config/quickstart.py --arch_preset=llama3
+    torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py \
+        --gradient_accumulation_steps=2 --use_zero1=True
 """
 
 import math
@@ -24,6 +26,11 @@ from training.configurator import (
     exit_with,
 )
 from training.device import DTYPES, autocast
+from training.distributed import (
+    OtherRankFailed,
+    sum_over_ranks,
+    values_of_ranks,
+)
 from training.evaluation import evaluate
 from training.optimizer import learning_rate_at
 from training.progress import Progress, StopSignals
@@ -80,6 +87,8 @@ beta1: Share = 0.9
 beta2: Share = 0.95
 adam_eps: PositiveFloat = 1e-8
 grad_clip: NonNegativeFloat = 1.0  # 0: gradients are not clipped
+skip_nonfinite_steps: NonNegative = 0  # so many updates of the run may be left
+#   out for a loss or gradient that is not finite; the next one stops it
 
 # evaluation, checkpoints and logs
 eval_interval: Positive = 250  # updates; also before the first and at the end
@@ -99,14 +108,22 @@ device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype: Literal[tuple(DTYPES)] = 'bfloat16'  # of the matmuls;
 #   weights, their gradients and the optimizer are float32
 compile: bool = True  # torch.compile
+activation_checkpointing: Literal['none', 'full'] = 'none'  # full: keep no
+#   activations within a block, compute them again in the backward pass
 use_zero1: bool = False  # shard the optimizer's state over the processes
 use_fsdp: bool = False  # shard everything over the processes (FSDP2)
+fsdp_reshard_after_forward: bool = False  # True: less memory, more traffic
+dist_timeout_s: PositiveFloat = 600.0  # a rank that is silent for longer ends
+#   the job
+deterministic: bool = False  # only algorithms that give the same bits again
 peak_tflops: PositiveFloat | None = None  # dense peak, for MFU; None: by name
 
 
 def main():
     try:
         job = start(globals(), __file__, sys.argv[1:])
+    except OtherRankFailed:
+        sys.exit(2)
     except ValueError as error:
         exit_with(error)
     with job:
@@ -116,58 +133,85 @@ def main():
 
 def train(job) -> int:
     """The training loop; returns the exit status."""
-    model, optimizer, run = job.model, job.optimizer, job.run
-    forward = torch.compile(model, dynamic=False) if compile else model
-    progress = Progress(job)
-    stop = StopSignals()
-    step = job.start_step
+    strategy = job.strategy
+    forward = prepare_model(job)
+    training_forward = strategy.wrap(forward)
+    stop, progress = StopSignals(), Progress(job)
+    step, skipped = job.start_step, 0
     if step == 0:
-        evaluate_and_save(job, forward, step, progress)
+        evaluate_and_save(job, forward, step, stop, progress)
 
-    while step < job.max_iters and not stop.received:
+    while step < job.max_iters and not stop.agreed():
         lr = learning_rate_at(step, **job.schedule)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        # dropout is a function of the step, so that resuming needs no state
-        torch.manual_seed(seed + step)
+        strategy.set_learning_rate(lr)
+        # dropout is a function of step and rank: resuming needs no state
+        torch.manual_seed((seed * 2**32 + step) * 2**16 + job.ranks.rank)
 
         progress.step_begins()
-        loss = torch.zeros((), device=job.device)
-        for _ in range(job.accumulation):
+        loss = torch.zeros((), device=job.device)  # of this rank
+        for micro_step in range(job.accumulation):
             x, y = job.loader.next_batch()
-            with autocast(job.device, job.dtype):
-                _, micro_loss = forward(x, y, return_logits=False)
-            # all micro-steps have equally many tokens: the mean of their
-            # means is the mean over the tokens
-            micro_loss = micro_loss / job.accumulation
-            micro_loss.backward()
+            last = micro_step == job.accumulation - 1
+            with (strategy.accumulating(last),
+                  autocast(job.device, job.dtype)):
+                _, micro_loss = training_forward(x, y, return_logits=False)
+                # all micro-steps of all ranks have equally many tokens: the
+                # mean of their means is the mean over the tokens
+                micro_loss = micro_loss / job.accumulation
+                micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), grad_clip or float('inf'))
-        if not math.isfinite(loss.item() + grad_norm.item()):
-            return stop_on_nonfinite(job, step, loss, grad_norm, progress)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = strategy.clip(grad_clip or math.inf)
+        mean_loss = sum_over_ranks(loss) / job.ranks.world_size
+        # both are the same on all ranks, and so is what follows
+        if not math.isfinite(mean_loss.item() + grad_norm.item()):
+            skipped += 1
+            report = describe_nonfinite(job, step, loss, grad_norm)
+            if skipped > skip_nonfinite_steps:
+                return stop_on_nonfinite(job, step, report, progress)
+            progress.skipped(step + 1, report)
+            strategy.optimizer.zero_grad(set_to_none=True)
+            job.model.zero_grad(set_to_none=True)
+        else:
+            strategy.step()
         step += 1
-        progress.step_ended(step, loss, grad_norm, lr)
+        progress.step_ended(step, mean_loss, grad_norm, lr)
 
         if step % eval_interval == 0 or step == job.max_iters:
-            evaluate_and_save(job, forward, step, progress)
+            evaluate_and_save(job, forward, step, stop, progress)
         elif checkpoint_interval and step % checkpoint_interval == 0:
             job.save(step)
 
-    if stop.received and step < job.max_iters:
-        return stop_early(job, step, stop.received, progress)
+    if step < job.max_iters:
+        return stop_early(job, step, stop.agreed(), progress)
     progress.record('end', step=step, status='finished', reason=None)
+    progress.say(f'done: {job.run.folder}')
     progress.close()
-    print(f'done: {job.run.folder}')
     return 0
 
 
-def evaluate_and_save(job, forward, step, progress):
-    val_loss, val_bpb = evaluate(
+def prepare_model(job):
+    """What to call for a forward pass: activation checkpointing within
+    torch.compile within DDP (see SYSTEM_OVERVIEW.md)."""
+    if activation_checkpointing == 'full':
+        job.model.checkpoint_blocks()
+    if not compile:
+        return job.model
+    if use_fsdp and job.ranks.world_size > 1:
+        # FSDP's hooks around each block stay outside of the graphs
+        for block in job.model.h:
+            block.compile(dynamic=False)
+        return job.model
+    return torch.compile(job.model, dynamic=False)
+
+
+def evaluate_and_save(job, forward, step, stop, progress):
+    result = evaluate(
         forward, job.eval_set, batch_size=batch_size, device=job.device,
-        dtype=job.dtype, progress=progress.eval_bar)
+        dtype=job.dtype, ranks=job.ranks, progress=progress.eval_bar,
+        stopped=stop.agreed)
+    if result is None:
+        return  # a signal came; the loop ends and saves
+    val_loss, val_bpb = result
     progress.evaluated(step, val_loss, val_bpb)
     best = val_loss < job.best_val_loss
     job.best_val_loss = min(val_loss, job.best_val_loss)
@@ -182,22 +226,35 @@ def stop_early(job, step, signal_number, progress) -> int:
     job.save(step)
     progress.record('end', step=step, status='stopped',
                     reason=f'signal {signal_number}')
+    progress.say(f'stopped at step {step}; to go on: the same command with '
+                 f'--init_from=resume --out_dir={job.run.folder}')
     progress.close()
-    print(f'stopped at step {step}; to go on: python train.py '
-          f'--init_from=resume --out_dir={job.run.folder}')
     return 128 + signal_number
 
 
-def stop_on_nonfinite(job, step, loss, grad_norm, progress) -> int:
+def describe_nonfinite(job, step, loss, grad_norm) -> str:
+    """Which step, ranks and samples; the same on all ranks."""
+    losses = values_of_ranks(loss.item())
+    ranks = [rank for rank, value in enumerate(losses)
+             if not math.isfinite(value)]
+    where = f'on rank {", ".join(map(str, ranks))}' if ranks else (
+        'with a finite loss on every rank')
+    samples = batch_size * gradient_accumulation_steps
+    return (f'step {step + 1}, samples {step * samples} to '
+            f'{(step + 1) * samples - 1}: loss {sum(losses) / len(losses)}, '
+            f'gradient norm {grad_norm.item()}, {where}')
+
+
+def stop_on_nonfinite(job, step, report, progress) -> int:
     """Nothing of this step has reached the weights; status 3."""
-    samples = job.loader.sample_numbers(step)
-    reason = (f'loss {loss.item()}, gradient norm {grad_norm.item()} in step '
-              f'{step + 1}, samples {samples[0]} to {samples[-1]}')
-    progress.record('end', step=step, status='failed', reason=reason)
+    progress.record('end', step=step, status='failed',
+                    reason=f'not finite: {report}')
     progress.close()
-    print(f'error: {reason}: stopped before the update. The last checkpoint '
-          'is good; resume from it with a lower --learning_rate or '
-          '--grad_clip, or with --dtype=float32', file=sys.stderr)
+    if job.ranks.is_main:
+        print(f'error: not finite: {report}. Stopped before the update; the '
+              'last checkpoint is good. Resume with a lower --learning_rate '
+              'or --grad_clip, with --dtype=float32, or leave such steps out '
+              'with --skip_nonfinite_steps=N', file=sys.stderr)
     return 3
 
 

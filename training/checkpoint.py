@@ -1,13 +1,14 @@
 """Checkpoints: tensors as safetensors, everything else as JSON.
 
     checkpoints/step_00001000/
-        model-00000-of-00002.safetensors      fp32 weights, a tied head once
-        optimizer-00000-of-00002.safetensors  'exp_avg/<name>', ...
-        state.json                  step, architecture, sizes and hashes
-    checkpoints/latest              link to the newest
+        model.safetensors       fp32 weights by name, a tied head once
+        optimizer.safetensors   'exp_avg/<name>', 'exp_avg_sq/<name>'
+        state.json              step, architecture, sizes and SHA-256 of both
+    checkpoints/latest          link to the newest
 
-Every rank writes what it holds, or its share of what all hold. A tensor that
-lies whole in one file has its name and shape; a part of one is flat and named
+Of several ranks, each writes what it holds, or its share of what all hold, to
+files of its own (model-00000-of-00002.safetensors). A tensor that lies whole
+in one file has its name and shape; a part of one is flat and named
 '<name>@<start>', where it begins in the flattened tensor. So any number of
 ranks and any strategy can read what any other wrote.
 
@@ -94,15 +95,16 @@ def _make_part(folder: Path, part: Path):
 def _write_share(part: Path, strategy):
     """This rank's two files, with a list of their sizes and hashes."""
     ranks = strategy.ranks
-    suffix = f'{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors'
+    of_rank = '' if ranks.world_size == 1 else (
+        f'-{ranks.rank:05d}-of-{ranks.world_size:05d}')
     weights = dict(_named(p, p.weight, p.name, strategy.weights_on_all_ranks,
                           ranks) for p in strategy.weights())
     moments = dict(_named(p, strategy.moment(p, kind), f'{kind}/{p.name}',
                           strategy.moments_on_all_ranks, ranks)
                    for p in strategy.pieces() for kind in MOMENTS)
     files = {}
-    for name, tensors in ((f'model-{suffix}', weights),
-                          (f'optimizer-{suffix}', moments)):
+    for name, tensors in ((f'model{of_rank}.safetensors', weights),
+                          (f'optimizer{of_rank}.safetensors', moments)):
         save_file({k: t for k, t in tensors.items() if t.numel()}, part / name)
         _fsync(part / name)
         files[name] = {'bytes': (part / name).stat().st_size,

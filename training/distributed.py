@@ -34,16 +34,13 @@ def ranks_of_environment() -> Ranks:
                  int(os.environ.get('WORLD_SIZE', 1)))
 
 
-def join(ranks: Ranks, device: torch.device, timeout_s: float):
+def join(ranks: Ranks, timeout_s: float):
     """Meet the other processes; a collective that waits longer than
     `timeout_s` for a rank ends the job instead of hanging it."""
-    if ranks.world_size == 1:
-        return
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-        timeout=timedelta(seconds=timeout_s))
+    if ranks.world_size > 1:
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
+            timeout=timedelta(seconds=timeout_s))
 
 
 def leave():

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from training.device import peak_memory_gb, synchronize
+from training.distributed import agree_max
 
 
 class Progress:
@@ -21,9 +22,12 @@ class Progress:
         self.log_interval = job.options['log_interval']
         self.time_s = max((r['time_s'] for r in job.records
                            if 'time_s' in r), default=0.0)
+        self.silent = not job.ranks.is_main
         self.bar = tqdm(total=job.max_iters, initial=job.start_step,
-                        unit='step', dynamic_ncols=True, disable=None)
-        self.wandb = Wandb(job) if job.options['wandb_log'] else None
+                        unit='step', dynamic_ncols=True,
+                        disable=self.silent or None)
+        self.wandb = Wandb(job) if (
+            job.options['wandb_log'] and not self.silent) else None
         self._begin = None
         self._steps = 0      # since the last line
         self._seconds = 0.0
@@ -82,16 +86,22 @@ class Progress:
         bits = '' if val_bpb is None else f'  {val_bpb:.4f} bits per byte'
         self.say(f'eval {step:>6}  val loss {val_loss:.4f}{bits}')
 
+    def skipped(self, step, reason):
+        self.record('skipped', step=step, reason=reason)
+        self.say(f'left out, not finite: {reason}')
+
     def record(self, kind, **values):
         self.job.run.append(kind, **values)
         if self.wandb:
             self.wandb.log(kind, values)
 
     def say(self, line):
-        self.bar.write(line)
+        if not self.silent:
+            self.bar.write(line)
 
     def eval_bar(self, batches):
-        return tqdm(batches, desc='evaluating', leave=False, disable=None,
+        return tqdm(batches, desc='evaluating', leave=False,
+                    disable=self.silent or None,
                     dynamic_ncols=True)
 
     def close(self):
@@ -158,18 +168,23 @@ class Wandb:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for a stop after the step that is running.
+    """SIGINT, SIGTERM and SIGUSR1 ask for a stop with a checkpoint.
 
-    A second one ends the process at once, without a checkpoint.
+    A signal to one rank stops all of them at the same point. A second one
+    ends the process at once, without a checkpoint.
     """
 
     def __init__(self):
-        self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number, _frame):
         self.received = number
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write(f'{signal.Signals(number).name}: stopping after this step, '
-                   'with a checkpoint; once more to stop without')
+        tqdm.write(f'{signal.Signals(number).name}: stopping with a '
+                   'checkpoint; once more to stop without')
+
+    def agreed(self) -> int:
+        """A signal that some rank has received, the same on all, or 0."""
+        return agree_max(self.received)

@@ -12,6 +12,7 @@ rank holds (what a checkpoint is made of).
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,14 @@ class Replicated:
         if self.ranks.world_size == 1:
             return forward
         device = next(self.model.parameters()).device
-        # gradients live in DDP's buckets: a second copy of them is 4 bytes
-        # a parameter
-        self.ddp = DistributedDataParallel(
-            forward, gradient_as_bucket_view=True, broadcast_buffers=False,
-            device_ids=[device] if device.type == 'cuda' else None)
+        with warnings.catch_warnings():
+            # newer versions of torch have another name for broadcast_buffers
+            warnings.simplefilter('ignore', FutureWarning)
+            # gradients live in DDP's buckets: a second copy of them is 4
+            # bytes a parameter
+            self.ddp = DistributedDataParallel(
+                forward, gradient_as_bucket_view=True, broadcast_buffers=False,
+                device_ids=[device] if device.type == 'cuda' else None)
         return self.ddp
 
     def accumulating(self, last: bool):
@@ -210,6 +214,10 @@ class FSDP(Replicated):
         return super().clip(max_norm).full_tensor()
 
     def pieces(self):
+        from torch.distributed.fsdp import FSDPModule
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the head gathered
         found = []
         for name, p in self.model.named_parameters():
             local = p.to_local().detach()
@@ -225,12 +233,12 @@ class FSDP(Replicated):
 
 
 def build_strategy(model, ranks, optimizer_options, *, use_zero1, use_fsdp,
-                   fsdp_reshard_after_forward, dtype, device):
+                   reshard_after_forward, dtype, device):
     """The strategy that the options ask for; one process needs none."""
     if ranks.world_size > 1 and use_fsdp:
         return FSDP(model, ranks, optimizer_options, dtype=dtype,
                     device=device,
-                    reshard_after_forward=fsdp_reshard_after_forward)
+                    reshard_after_forward=reshard_after_forward)
     if ranks.world_size > 1 and use_zero1:
         return Zero1(model, ranks, optimizer_options)
     return Replicated(model, ranks, optimizer_options)

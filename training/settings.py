@@ -1,0 +1,145 @@
+"""What the options of a run come to: architecture, device, batch, schedule."""
+
+import dataclasses
+
+from model_components import attention_in_use
+from model_config import (
+    ModelArchitectureConfig,
+    get_preset_config,
+    options_without_effect,
+)
+from training.configurator import ConfigError
+from training.dataset import Dataset
+from training.device import (
+    DTYPES,
+    check_compiler,
+    computing_dtype,
+    device_name,
+    resolve_device,
+)
+from training.distributed import Ranks
+from training.flops import peak_tflops_of
+
+ARCHITECTURE_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(ModelArchitectureConfig))
+
+EVAL_BYTES = 1_000_000
+CPU_EVAL_BYTES = 20_000  # more takes a large model longer than its training
+
+
+def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
+    """What the options come to, or one ConfigError with all that is wrong."""
+    problems = []
+
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+
+    config = attempt(build_architecture, options, dataset)
+    device = attempt(resolve_device, options['device'], ranks.local_rank)
+    if device is not None and options['compile']:
+        attempt(check_compiler, device)
+    if options['use_zero1'] and options['use_fsdp']:
+        problems.append('use_zero1 and use_fsdp exclude each other: FSDP '
+                        'shards the optimizer state too; set one to False')
+    plan = {'config': config, 'device': device}
+    if config is not None:
+        train_tokens = dataset.split('train').tokens
+        if train_tokens < config.block_size + 1:
+            problems.append(
+                f'the training split of {dataset.name} has {train_tokens} '
+                f'tokens, a sequence needs block_size + 1 = '
+                f'{config.block_size + 1}: set a smaller --block_size')
+        batch = attempt(resolve_batch, options, config, ranks)
+        if batch is not None:
+            plan |= batch
+            plan['schedule'] = attempt(resolve_schedule, options,
+                                       plan['max_iters'])
+    if problems:
+        raise ConfigError(problems)
+    plan['dtype'] = computing_dtype(device, options['dtype'])
+    plan['attention'] = attention_in_use(
+        config.attention_backend, device.type, DTYPES[plan['dtype'][0]])
+    plan['device_name'] = device_name(device)
+    plan['peak_tflops'] = options['peak_tflops'] or peak_tflops_of(
+        plan['device_name'], plan['dtype'][0])
+    plan['eval_bytes'] = options['eval_bytes'] or (
+        CPU_EVAL_BYTES if device.type == 'cpu' else EVAL_BYTES)
+    return plan
+
+
+def build_architecture(options: dict, dataset: Dataset):
+    """The configuration that preset, options and dataset ask for."""
+    given = {name: options[name] for name in ARCHITECTURE_OPTIONS
+             if options[name] is not None}
+    overrides = {'vocab_size': dataset.vocab_size} | given
+    config = get_preset_config(options['arch_preset'], **overrides)
+    problems = options_without_effect(config, set(given))
+    n_ids = largest_id(dataset) + 1
+    if config.vocab_size < n_ids:
+        problems.append(
+            f'vocab_size={config.vocab_size} has no row for id {n_ids - 1} '
+            f'of {dataset.name}: leave vocab_size out '
+            f'({dataset.vocab_size} then) or set at least that')
+    if problems:
+        raise ValueError('\n  '.join(problems))
+    return config
+
+
+def largest_id(dataset: Dataset) -> int:
+    """The largest id of the bins, or that of the tokenizer if not recorded."""
+    largest = [file['max_id'] for split in dataset.splits.values()
+               for file in split.files]
+    if None in largest:
+        return dataset.tokenizer_size - 1
+    return max(largest)
+
+
+def resolve_batch(options: dict, config, ranks: Ranks) -> dict:
+    """The same options mean the same batch on any number of processes."""
+    total = options['gradient_accumulation_steps']
+    accumulation, rest = divmod(total, ranks.world_size)
+    if rest:
+        raise ValueError(
+            f'gradient_accumulation_steps={total} counts the micro-steps of '
+            f'all processes and is not divisible by the {ranks.world_size} '
+            'there are: set a multiple')
+    tokens_per_iter = options['batch_size'] * total * config.block_size
+    max_iters = options['max_iters']
+    if options['max_tokens'] is not None:
+        max_iters = -(-options['max_tokens'] // tokens_per_iter)
+    return {'accumulation': accumulation, 'tokens_per_iter': tokens_per_iter,
+            'max_iters': max_iters}
+
+
+def resolve_schedule(options: dict, max_iters: int) -> dict:
+    """Arguments of learning_rate_at: unset ones are derived, all checked."""
+
+    def default(name, value):
+        return value if options[name] is None else options[name]
+
+    lr = options['learning_rate']
+    decay_iters = default('lr_decay_iters', max_iters)
+    schedule = {
+        'schedule': options['lr_schedule'], 'learning_rate': lr,
+        'min_lr': default('min_lr', lr / 10),
+        'warmup_iters': default('warmup_iters', round(0.02 * max_iters)),
+        'lr_decay_iters': decay_iters,
+        'wsd_decay_iters': default('wsd_decay_iters', decay_iters // 5),
+    }
+    problems = []
+    if schedule['min_lr'] > lr:
+        problems.append(f'min_lr={schedule["min_lr"]} is above '
+                        f'learning_rate={lr}')
+    if schedule['warmup_iters'] > decay_iters:
+        problems.append(f'warmup_iters={schedule["warmup_iters"]} is above '
+                        f'lr_decay_iters={decay_iters}')
+    if options['wsd_decay_iters'] is not None and (
+            options['lr_schedule'] != 'wsd'):
+        problems.append("wsd_decay_iters has no effect with lr_schedule="
+                        f"{options['lr_schedule']!r}")
+    if problems:
+        raise ValueError('\n  '.join(problems))
+    return schedule
