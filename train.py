@@ -2,8 +2,9 @@
 
 Runs on a CPU, a GPU, or under torchrun on many. A config file sets options,
 the command line overrides them; every start makes a new run folder in out_dir. Ctrl-C and
-SIGTERM save a checkpoint first. Exit status: 0 finished, 2 wrong options or
-data, 3 a loss or gradient that is not finite, 128 + n stopped by signal n.
+SIGTERM save a checkpoint first. Exit status: 0 finished, 1 failed while
+training, 2 wrong options or data, 3 a loss or gradient that is not finite,
+128 + n stopped by signal n.
 
     python train.py config/quickstart.py --arch_preset=llama3
     torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py \
@@ -25,6 +26,7 @@ from training.configurator import (
     Share,
     exit_with,
 )
+from training.dataset import DatasetError
 from training.device import DTYPES, autocast
 from training.distributed import (
     OtherRankFailed,
@@ -126,8 +128,13 @@ def main():
         sys.exit(2)
     except ValueError as error:
         exit_with(error)
-    with job:
-        status = train(job)
+    try:
+        with job:
+            status = train(job)
+    except OtherRankFailed:
+        sys.exit(1)
+    except (OSError, DatasetError) as error:  # a full disk, a damaged bin
+        exit_with(error, status=1)
     sys.exit(status)
 
 

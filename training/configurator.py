@@ -400,7 +400,7 @@ def configure(namespace: dict, source_path: str | Path, argv: list[str],
     return parsed
 
 
-def exit_with(error: Exception) -> NoReturn:
-    """Print an error to stderr and exit with status 2."""
+def exit_with(error: Exception, status: int = 2) -> NoReturn:
+    """Print an error to stderr and exit."""
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

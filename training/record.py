@@ -116,7 +116,10 @@ def print_report(record, run, plan, start_step):
         ('FLOPs', f'{flops / 1e9:.4g} G a token '
                   f'({record["flops_per_token_causal"] / 1e9:.4g} G causal), '
                   f'{flops * tokens:.3g} in all'),
-        ('processes', f'{record["world_size"]}, {record["strategy"]}'),
+        ('processes', f'{record["world_size"]}, {record["strategy"]}; '
+                      'optimizer state at most '
+                      f'{max(record["optimizer_bytes_per_rank"]):,} bytes '
+                      'each'),
         ('device', f'{record["device"]}, '
                    + ('compiled' if options['compile'] else 'not compiled')),
         ('dtype', with_reason(plan['dtype'])),

@@ -208,7 +208,7 @@ def read_metrics(run) -> tuple[list[dict], int]:
             continue
         if kind == 'resume':
             records = [r for r in records
-                       if r['step'] <= step and r['kind'] != 'end']
+                       if r['kind'] != 'end' and r['step'] <= step]
         records.append(record)
     return records, damaged
 

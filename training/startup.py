@@ -141,6 +141,8 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
         use_zero1=options['use_zero1'], use_fsdp=options['use_fsdp'],
         reshard_after_forward=options['fsdp_reshard_after_forward'],
         dtype=plan['dtype'][0], device=device)
+    record['optimizer_bytes_per_rank'] = [
+        int(n) for n in values_of_ranks(strategy.optimizer_bytes)]
     start_step = 0
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, strategy,

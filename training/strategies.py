@@ -105,6 +105,11 @@ class Replicated:
         return value.view(-1)
 
     @property
+    def optimizer_bytes(self) -> int:
+        """AdamW's state on this rank: two fp32 numbers an element held."""
+        return sum(2 * 4 * len(piece.weight) for piece in self.pieces())
+
+    @property
     def optimizer_steps(self) -> int:
         for state in self.optimizer.state.values():
             return int(state['step'])
