@@ -46,12 +46,10 @@ def launch(out_dir, options):
 
 
 def steps_logged(out_dir) -> int:
-    """Lines of training steps in the run's log so far."""
-    try:
-        text = (resolve_run(out_dir) / 'metrics.jsonl').read_text()
-    except ValueError:
-        return 0
-    return text.count('"kind": "train"')
+    """Lines of training steps in the logs of all runs so far: a run that is
+    killed before its first checkpoint is followed by a new one."""
+    logs = out_dir.glob('run_*/metrics.jsonl')
+    return sum(log.read_text().count('"kind": "train"') for log in logs)
 
 
 def kill_one(job, out_dir, chance) -> bool:

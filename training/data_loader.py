@@ -232,6 +232,9 @@ class EvalSet:
         self._block_size = block_size
         self.n_windows = -(-self.tokens // block_size)
 
+    def n_batches(self, batch_size, world_size=1):
+        return -(-self.n_windows // (batch_size * world_size))
+
     def batches(self, batch_size, rank=0, world_size=1):
         """x and y, (B, T) int64; -1 as target where there is nothing to score.
 
@@ -239,7 +242,8 @@ class EvalSet:
         -1 fill up what the windows leave.
         """
         size = self._block_size
-        for first in range(0, self.n_windows, batch_size * world_size):
+        for batch in range(self.n_batches(batch_size, world_size)):
+            first = batch * batch_size * world_size
             x = np.zeros((batch_size, size), np.int64)
             y = np.full((batch_size, size), -1, np.int64)
             for row in range(batch_size):

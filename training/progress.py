@@ -100,7 +100,9 @@ class Progress:
             self.bar.write(line)
 
     def eval_bar(self, batches):
-        return tqdm(batches, desc='evaluating', leave=False,
+        n = self.job.eval_set.n_batches(self.job.options['batch_size'],
+                                        self.job.ranks.world_size)
+        return tqdm(batches, total=n, desc='evaluating', leave=False,
                     disable=self.silent or None,
                     dynamic_ncols=True)
 

@@ -125,6 +125,9 @@ def print_report(record, run, plan, start_step):
         ('dtype', with_reason(plan['dtype'])),
         ('attention', with_reason(plan['attention'])),
     ]
+    if plan['schedule']['warmup_iters'] >= plan['max_iters']:
+        rows.append(('warm-up', f'{plan["schedule"]["warmup_iters"]} updates: '
+                                'the run ends before its learning rate'))
     rows += [(option, 'has no effect: one process has nothing to share')
              for option in ('use_zero1', 'use_fsdp')
              if options[option] and record['world_size'] == 1]

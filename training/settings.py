@@ -133,7 +133,8 @@ def resolve_schedule(options: dict, max_iters: int) -> dict:
     if schedule['min_lr'] > lr:
         problems.append(f'min_lr={schedule["min_lr"]} is above '
                         f'learning_rate={lr}')
-    if schedule['warmup_iters'] > decay_iters:
+    if options['lr_decay_iters'] is not None and (
+            schedule['warmup_iters'] > decay_iters):
         problems.append(f'warmup_iters={schedule["warmup_iters"]} is above '
                         f'lr_decay_iters={decay_iters}')
     if options['wsd_decay_iters'] is not None and (
