@@ -165,8 +165,9 @@ class ModelArchitectureConfig:
             attention += f'x{self.head_dim}'
         if self.qk_norm:
             attention += ' QK-norm'
-        positions = {'rope': f'RoPE {self.rope_theta:g}', 'none': 'no positions',
-                     'learned_absolute': 'learned positions'}
+        positions = {'rope': f'RoPE {self.rope_theta:g}',
+                     'learned_absolute': 'learned positions',
+                     'none': 'no positions'}
         if self.rope_scaling:
             positions['rope'] += ' scaled'
         norm = {'layernorm': 'LayerNorm', 'rmsnorm': 'RMSNorm'}
@@ -218,7 +219,8 @@ def default_d_ff(ffn_type: str, n_embd: int) -> int:
     """
     if ffn_type == 'standard':
         return 4 * n_embd
-    return SWIGLU_MULTIPLE * math.ceil(Fraction(8, 3) * n_embd / SWIGLU_MULTIPLE)
+    multiples = Fraction(8, 3) * n_embd / SWIGLU_MULTIPLE
+    return SWIGLU_MULTIPLE * math.ceil(multiples)
 
 
 def get_gpt2_config() -> ModelArchitectureConfig:

@@ -1,10 +1,11 @@
 """Train a language model: one page of options, one page of training.
 
 Runs on a CPU, a GPU, or under torchrun on many. A config file sets options,
-the command line overrides them; every start makes a new run folder in out_dir. Ctrl-C and
-SIGTERM save a checkpoint first. Exit status: 0 finished, 1 failed while
-training, 2 wrong options or data, 3 a loss or gradient that is not finite,
-128 + n stopped by signal n.
+the command line overrides them; every start makes a new run folder in out_dir.
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first. Exit status: 0 finished,
+1 failed while training, 2 wrong options or data, 3 a loss or gradient that is
+not finite, 128 + n stopped by signal n.
 
     python train.py config/quickstart.py --arch_preset=llama3
     torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py \

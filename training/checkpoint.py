@@ -216,7 +216,7 @@ class Tensors:
             except SafetensorError as error:
                 raise CheckpointError(f'{self.checkpoint / name} cannot be '
                                       f'read: {error}') from error
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118, not a dict
                 tensor, at, start = key.partition('@')
                 shape = tuple(file.get_slice(key).get_shape())
                 if not at:

@@ -22,8 +22,16 @@ import tokenize
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (Annotated, Any, Literal, NoReturn, Union, get_args,
-                    get_origin, get_type_hints)
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 
 class ConfigError(ValueError):

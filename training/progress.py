@@ -3,7 +3,6 @@
 import signal
 import time
 
-import torch
 from tqdm import tqdm
 
 from training.device import peak_memory_gb, synchronize
