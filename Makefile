@@ -1,5 +1,8 @@
 # make quickstart   an environment, a small dataset, four models, a comparison
-# make test         the environment and all tests
+# make test         the environment and the tests, all but the slow ones
+# make test-all     the slow ones as well: kills, restarts, many processes
+# make soak         20 kills of a run of two processes
+# make check        lint
 # make clean        remove the environment; runs and datasets stay
 #
 # PYTHON=python3.12       another interpreter for the environment
@@ -15,7 +18,7 @@ READY := $(VENV)/.installed
 # a d_ff for each preset that makes all four equally large
 QUICK_RUNS := gpt2:588 llama2:416 llama3:512 qwen3:480
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-all soak check clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
@@ -49,7 +52,16 @@ quickstart: $(READY) data/python_stdlib/meta.json
 	  --out_dir=$$($(RUN) compare_architectures.py --latest 4 --print_best)
 
 test: $(READY)
+	$(RUN) -m pytest -q -m "not slow" tests
+
+test-all: $(READY)
 	$(RUN) -m pytest -q tests
+
+soak: $(READY)
+	$(RUN) tests/soak.py --kills 20
+
+check: $(READY)
+	$(RUN) -m ruff check .
 
 clean:
 	rm -rf $(VENV)
