@@ -120,6 +120,8 @@ class ConfigurableGPT(nn.Module):
         whole. The loss is fp32, in nats: the mean over targets, or their sum
         with `reduction='sum'`.
         """
+        if reduction not in ('mean', 'sum'):
+            raise ValueError(f'reduction={reduction!r} is not mean or sum')
         x = self.hidden_states(idx)                           # (B, T, C)
         logits = self.lm_head(x) if return_logits else None   # (B, T, V)
         if targets is None:
@@ -193,13 +195,15 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
+        kept = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, float('-inf')).scatter_(
+            1, kept.indices, kept.values)
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probs.sort(dim=-1, descending=True)
         # a token goes when those before it already have top_p
         before = ordered.cumsum(dim=-1) - ordered
+        before[:, 0] = -1.0  # the likeliest stays
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
     return torch.multinomial(probs, 1, generator=generator)

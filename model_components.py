@@ -106,34 +106,23 @@ class RoPEPositionEncoding(nn.Module):
         self.dim = dim
         self.max_seq_len = max_seq_len
         self.theta = theta
-        self.scaling = scaling
-        inv_freq, cos, sin = self._tables()
+        exponents = torch.arange(0, dim, 2).float()
+        inv_freq = 1.0 / (theta ** (exponents / dim))
+        if scaling:
+            inv_freq = llama3_scaled(inv_freq, scaling)
+        angles = torch.outer(torch.arange(max_seq_len).float(), inv_freq)
         self.register_buffer('inv_freq', inv_freq, persistent=False)
-        self.register_buffer('cos', cos, persistent=False)
-        self.register_buffer('sin', sin, persistent=False)
+        self.register_buffer('cos', angles.cos(), persistent=False)
+        self.register_buffer('sin', angles.sin(), persistent=False)
 
-    def _tables(self, device=None):
-        exponents = torch.arange(0, self.dim, 2, device=device).float()
-        inv_freq = 1.0 / (self.theta ** (exponents / self.dim))
-        if self.scaling:
-            inv_freq = llama3_scaled(inv_freq, self.scaling)
-        positions = torch.arange(self.max_seq_len, device=device).float()
-        angles = torch.outer(positions, inv_freq)           # (T, D/2)
-        return inv_freq, angles.cos(), angles.sin()
-
-    def reset_tables(self, device=None):
-        """Fill the tables anew, e.g. after building on the meta device."""
-        self.inv_freq, self.cos, self.sin = self._tables(device)
-
-    def forward(self, x, start=0):
-        """Turn x (B, T, heads, D) for positions start..start+T-1; same dtype.
+    def forward(self, x):
+        """Turn x (B, T, heads, D) for positions 0..T-1; same dtype.
 
         The rotation is computed in fp32: in bf16 the angles of neighbouring
         positions would fall together at long contexts.
         """
         T = x.shape[1]
-        cos = self.cos[start:start + T, None, :]            # (T, 1, D/2)
-        sin = self.sin[start:start + T, None, :]
+        cos, sin = self.cos[:T, None, :], self.sin[:T, None, :]  # (T, 1, D/2)
         x1, x2 = x.float().chunk(2, dim=-1)                 # (B, T, heads, D/2)
         turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
         return turned.type_as(x)
@@ -364,6 +353,8 @@ def linear_cross_entropy(x, weight, targets):
     gradient are fp32.
     """
     device_type = x.device.type
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else its gradient is computed for nothing
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):

@@ -84,6 +84,8 @@ class ModelArchitectureConfig:
                 f'{len(problems)} problem(s) with the architecture:\n'
                 + '\n'.join(f'  {p}' for p in problems))
         # the object is frozen: derived values are filled in once, here
+        if self.rope_scaling is not None:
+            object.__setattr__(self, 'rope_scaling', dict(self.rope_scaling))
         if self.num_key_value_heads is None:
             object.__setattr__(self, 'num_key_value_heads', self.n_head)
         if self.head_dim is None:

@@ -8,6 +8,7 @@ from model_config import ModelArchitectureConfig
 PEAK_TFLOPS = (
     ('B300', 2250, 75, 'https://www.nvidia.com/en-us/data-center/dgx-b300/'),
     ('B200', 2250, 75, 'https://www.nvidia.com/en-us/data-center/dgx-b200/'),
+    ('H200 NVL', 835, 60, 'https://www.nvidia.com/en-us/data-center/h200/'),
     ('H200', 989.4, 67, 'https://www.nvidia.com/en-us/data-center/h200/'),
     ('H100 PCIe', 756, 51, 'https://www.nvidia.com/en-us/data-center/h100/'),
     ('H100 NVL', 835, 60, 'https://www.nvidia.com/en-us/data-center/h100/'),
@@ -23,6 +24,9 @@ PEAK_TFLOPS = (
      'https://www.nvidia.com/en-us/geforce/graphics-cards/30-series/'),
 )
 
+# words that make a name another chip's, or a part of one
+OTHER_CHIPS = {'Laptop', 'Max', 'D', 'Ti', 'SUPER', 'MIG'}
+
 
 def peak_tflops_of(device_name: str, dtype: str) -> float | None:
     """Dense peak of a device in TFLOP/s, None where it is not known.
@@ -31,6 +35,8 @@ def peak_tflops_of(device_name: str, dtype: str) -> float | None:
     wrong peak makes a wrong MFU, and nobody notices.
     """
     words = device_name.replace('-', ' ').split()
+    if OTHER_CHIPS & set(words):
+        return None
     for name, bf16, fp32, _source in PEAK_TFLOPS:
         wanted = name.split()
         # whole words: 'L4' is not 'L40S', 'A100' is not 'A1000'
