@@ -145,8 +145,9 @@ def train(job) -> int:
     forward = prepare_model(job)
     training_forward = strategy.wrap(forward)
     stop, progress = StopSignals(), Progress(job)
-    step, skipped = job.start_step, 0
-    if step == 0:
+    step = job.start_step
+    skipped = sum(r['kind'] == 'skipped' for r in job.records)
+    if evaluation_due(job, step) and not job.evaluated_at(step):
         evaluate_and_save(job, forward, step, stop, progress)
 
     while step < job.max_iters and not stop.agreed():
@@ -177,19 +178,18 @@ def train(job) -> int:
             if skipped > skip_nonfinite_steps:
                 return stop_on_nonfinite(job, step, report, progress)
             progress.skipped(step + 1, report)
-            strategy.optimizer.zero_grad(set_to_none=True)
-            job.model.zero_grad(set_to_none=True)
         else:
             strategy.step()
+        strategy.drop_gradients()
         step += 1
         progress.step_ended(step, mean_loss, grad_norm, lr)
 
-        if step % eval_interval == 0 or step == job.max_iters:
+        if evaluation_due(job, step):
             evaluate_and_save(job, forward, step, stop, progress)
         elif checkpoint_interval and step % checkpoint_interval == 0:
             job.save(step)
 
-    if step < job.max_iters:
+    if not job.evaluated_at(job.max_iters):  # a signal ended it before
         return stop_early(job, step, stop.agreed(), progress)
     progress.record('end', step=step, status='finished', reason=None)
     progress.say(f'done: {job.run.folder}')
@@ -212,14 +212,19 @@ def prepare_model(job):
     return torch.compile(job.model, dynamic=False)
 
 
+def evaluation_due(job, step) -> bool:
+    return step % eval_interval == 0 or step == job.max_iters
+
+
 def evaluate_and_save(job, forward, step, stop, progress):
     result = evaluate(
         forward, job.eval_set, batch_size=batch_size, device=job.device,
         dtype=job.dtype, ranks=job.ranks, progress=progress.eval_bar,
         stopped=stop.agreed)
     if result is None:
-        return  # a signal came; the loop ends and saves
+        return  # a signal came: the loop ends and saves, resuming evaluates
     val_loss, val_bpb = result
+    job.evaluated_steps.add(step)
     progress.evaluated(step, val_loss, val_bpb)
     best = val_loss < job.best_val_loss
     job.best_val_loss = min(val_loss, job.best_val_loss)

@@ -9,12 +9,14 @@ Special-token text inside a document is plain text.
 
 import hashlib
 import json
+import re
 import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from data.corpus_readers import CorpusError
@@ -24,6 +26,17 @@ from training.dataset_writer import checked_ids
 # Of each split in each block, checked against the reference: half a megabyte
 # of a gigabyte, a tenth of the time that encoding takes.
 SAMPLE_BYTES = 2**12
+CACHE_BYTES = 3 * 2**26  # of memory, for the words that gigatoken has met
+# Documents above it are encoded in pieces, in bounded memory.
+PIECE_BYTES = 2**20
+# Between two ASCII words the patterns in use always cut, and NFC changes
+# nothing across; whether a tokenizer's does, is tried on the pairs below.
+BORDER = r"(?<=[A-Za-z])(?= [A-Za-z])"
+BYTES_BORDER, TEXT_BORDER = re.compile(BORDER.encode()), re.compile(BORDER)
+BORDER_PROBES = (
+    ("word", " next"), ("a 1b", " c"), ("don't", " Z"), ("\n\n a", " q"),
+    ("!?x", " s\n"), ("\u4f60a", " t "), ("e\u0301E", " e\u0301"),
+)
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -78,8 +91,8 @@ PROBES = [
     "Hello, world! I'll pay 1234.50 EUR\n\n  for x in y:\r\n\treturn x_1  ",
     " leading and trailing \u00a0\u3000 spaces\t\t\n \n",
     "caf\u00e9 cafe\u0301 \u1e9b\u0323 \u212b \u0130\u0131 \ufb01",
-    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uae00",
-    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627 \u0660",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uae00"
+    " \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627",
     "\U0001f469\u200d\U0001f4bb\u2764\ufe0f \U0001d400 <|endoftext|> </s><s>",
     "\x00\x01\x7f\x85\u2028 it's IT'S don\u2019t >>>===!!!??? 2\u00b2 \u2167",
     "\u2581 a\u2581b  \u2581", "a" * 300, "\n" * 50 + " " * 50, "<0x0A>",
@@ -92,7 +105,6 @@ class CorpusTokenizer(NamedTuple):
     record: dict  # name, size, sha256, eot_id, eot_token, path
     vocab_size: int
     files: dict[str, bytes]
-    fallback: str | None  # why gigatoken is not used
 
     @property
     def content(self):
@@ -130,14 +142,11 @@ def _joined(merge):
 # Loading
 
 
-def load_tokenizer(
-    spec, known=None, eot_token=None, vocab_size=None, encoder="auto"
-):
+def load_tokenizer(spec, known=None, eot_token=None, vocab_size=None):
     """The tokenizer of a path, a name in KNOWN or a hub repository.
 
     `spec` None means that of `known`, a name in KNOWN whose sizes the
-    tokenizer must then have. `encoder` is "auto" or "tokenizers". Raises
-    CorpusError, saying how to get it.
+    tokenizer must then have. Raises CorpusError, saying how to get it.
     """
     source = spec or known
     files = _read_files(str(source), known or source)
@@ -177,10 +186,7 @@ def load_tokenizer(
     meta = {"vocab_size": vocab_size, "tokenizer": record}
     if problems := tokenizer_problems(meta):
         raise CorpusError(f"tokenizer {source}: " + "; ".join(problems))
-    loaded = CorpusTokenizer(record, vocab_size, files, None)
-    if encoder == "tokenizers":
-        return loaded._replace(fallback="--encoder=tokenizers")
-    return loaded._replace(fallback=_why_not_fast(loaded))
+    return CorpusTokenizer(record, vocab_size, files)
 
 
 def _vocabulary(source, data):
@@ -197,19 +203,6 @@ def _vocabulary(source, data):
         raise CorpusError(
             f"{source}: its {TOKENIZER_FILE} is damaged: {error}"
         ) from error
-
-
-def _why_not_fast(tokenizer):
-    """Why gigatoken cannot be used, or None."""
-    try:
-        encoder = Encoder(tokenizer)
-        texts = [text.encode() for text in PROBES]
-        for text, ids in zip(texts, np.split(*encoder.encode_rows(texts))):
-            if not np.array_equal(ids, encoder.encode(text)):
-                return f"its ids of {text.decode()[:40]!r} differ"
-    except Exception as error:  # whatever a foreign library raises
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _read_files(source, known):
@@ -250,9 +243,11 @@ def _from_model_file(path, data, known):
                 str(path), extra_special_tokens=LLAMA3_SPECIAL_TOKENS
             ).converted()
             return made.to_str().encode()
-        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+        from gigatoken._load import sentencepiece
 
-        content = json.loads(sentencepiece_to_tokenizer_json(data))
+        content = json.loads(
+            sentencepiece.sentencepiece_to_tokenizer_json(data)
+        )
         content["decoder"] = {  # LLaMA-2's; without it words run together
             "type": "Sequence",
             "decoders": [
@@ -306,7 +301,7 @@ def _hub_files(repo):
 
 @cache
 def unknown_characters():
-    """A table over all code points: those that `tokenizers` takes as unassigned.
+    """A table over all code points: which `tokenizers` takes as unassigned.
 
     Its regex engine has an older Unicode than gigatoken; on what both know
     they agree (compared for every code point). Planes above 3 have no
@@ -322,27 +317,68 @@ def unknown_characters():
 
 
 class Encoder:
-    """Encodes UTF-8 documents with one tokenizer, end-of-text not included."""
+    """Encodes UTF-8 documents with one tokenizer.
 
-    def __init__(self, tokenizer):
+    `fallback` says why gigatoken is not used, or is None.
+    """
+
+    def __init__(self, tokenizer, fallback=None):
         content = tokenizer.content
         self.vocab_size = tokenizer.vocab_size
         self.eot_id = tokenizer.record["eot_id"]
         self.eot_token = tokenizer.record["eot_token"]
         self._reference = Tokenizer.from_str(json.dumps(content))
-        self._fast = None
-        self.nfc = content["normalizer"] == {"type": "NFC"}
-        if tokenizer.fallback is None:
-            import gigatoken
-
-            # gigatoken's NFC has newer tables than the reference's; so it is
-            # done here, by the reference's own for what Python finds is not
-            # NFC. Where Python finds that it is, so do the older tables.
-            if self.nfc:
-                content["normalizer"] = None
-            fast = gigatoken.Tokenizer.from_json(json.dumps(content))
-            self._fast = fast
+        self._fast, self._limit = None, 0
+        # gigatoken's NFC has newer tables than the reference's; so it is done
+        # here, by the reference's own for what Python finds is not NFC. Where
+        # Python finds that it is, so do the older tables.
+        self._nfc = None
+        if content["normalizer"] == {"type": "NFC"}:
             self._nfc = normalizers.NFC().normalize_str
+            content["normalizer"] = None
+        # Without a word pattern no class of characters matters.
+        self._classes = content["pre_tokenizer"] is not None
+        self._cuts_words = all(
+            np.array_equal(
+                self.encode((one + two).encode()),
+                np.append(self.encode(one.encode()), self.encode(two.encode())),
+            )
+            for one, two in BORDER_PROBES
+        )
+        self.fallback = fallback or self._load_fast(content)
+        if self.fallback:
+            self._fast = None
+
+    def _load_fast(self, content):
+        """Why gigatoken cannot be used, or None."""
+        import gigatoken
+
+        texts = [text.encode() for text in PROBES]
+        self._content = json.dumps(content)
+        try:
+            self._fast = gigatoken.Tokenizer.from_json(self._content)
+            for text, ids in zip(texts, np.split(*self.encode_rows(texts))):
+                if not np.array_equal(ids, self.encode(text)):
+                    return f"its ids of {text.decode()[:40]!r} differ"
+        except Exception as error:  # whatever a foreign library raises
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def limit_cache(self):
+        """Load gigatoken anew where the words it remembers are too many.
+
+        It forgets none, and a corpus has new ones without end.
+        """
+        resident = psutil.Process().memory_info().rss
+        if self._fast is None or resident < self._limit:
+            self._limit = self._limit or resident + CACHE_BYTES
+            return
+        import gigatoken
+
+        self._fast = None  # first free, then load
+        self._fast = gigatoken.Tokenizer.from_json(self._content)
+        resident = psutil.Process().memory_info().rss
+        self._limit = max(self._limit, resident + CACHE_BYTES // 2)
 
     def encode(self, document):
         """The reference's ids of one document, uint32."""
@@ -362,25 +398,76 @@ class Encoder:
                 )
             ]
             return np.concatenate(rows), np.cumsum([*map(len, rows)])[:-1]
-        plain, slow = list(documents), []
+        pieces = [self._pieces(document) for document in documents]
+        ids, cuts = self._encode_pieces([p for row in pieces for p in row])
+        last = np.cumsum([*map(len, pieces)])[:-1] - 1
+        return ids, np.append(cuts, len(ids))[last]
+
+    def _pieces(self, document):
+        starts = [0]
+        while self._cuts_words and (
+            match := BYTES_BORDER.search(document, starts[-1] + PIECE_BYTES)
+        ):
+            starts.append(match.start())
+        ends = [*starts[1:], len(document)]
+        return [document[start:end] for start, end in zip(starts, ends)]
+
+    def _encode_pieces(self, documents):
+        plain, rare = list(documents), {}
         for i, document in enumerate(documents):
             if not document.isascii():
                 text = document.decode()
                 points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-                if unknown_characters()[points].any():
-                    slow.append(i)
-                elif self.nfc and not unicodedata.is_normalized("NFC", text):
-                    plain[i] = self._nfc(text).encode()
-        # Not parallel: worker processes share the cores already.
-        layout = self._fast.encode_batch(plain, parallel=False).layout
-        cuts = np.asarray(layout.offsets)[1:-1]
-        ids = np.asarray(layout.content.data)
-        if slow:
+                unknown = unknown_characters()[points]
+                if self._classes and unknown.any():
+                    rare[i] = self._encode_rare(text, np.flatnonzero(unknown))
+                    plain[i] = b"-"  # its place is kept, its ids are not
+                else:
+                    plain[i] = self._normal(text, document)
+        ids, cuts = self._encode_fast(plain)
+        if rare:
             rows = np.split(ids, cuts)
-            for i in slow:
-                rows[i] = self.encode(documents[i])
+            for i, row in rare.items():
+                rows[i] = row
             ids, cuts = np.concatenate(rows), np.cumsum([*map(len, rows)])[:-1]
         return ids, cuts
+
+    def _normal(self, text, document):
+        """The document's UTF-8 after the tokenizer's own NFC, if it has one."""
+        if self._nfc and not unicodedata.is_normalized("NFC", text):
+            return self._nfc(text).encode()
+        return document
+
+    def _encode_fast(self, documents):
+        # Not parallel: worker processes share the cores already, and the
+        # threads of a pool would be lost in a fork.
+        layout = self._fast.encode_batch(documents, parallel=False).layout
+        cuts = np.asarray(layout.offsets)[1:-1]
+        return np.asarray(layout.content.data), cuts
+
+    def _encode_rare(self, text, places):
+        """Ids of a text with rare characters at `places`.
+
+        Words with them are encoded by the reference, those between by
+        gigatoken.
+        """
+        borders = [0]
+        if self._cuts_words:
+            borders += (match.start() for match in TEXT_BORDER.finditer(text))
+        borders.append(len(text))
+        ids, done = [], 0
+        for n in np.unique(np.searchsorted(borders, places, "right") - 1):
+            start, end = borders[n], borders[n + 1]
+            if start > done:
+                between = text[done:start]
+                data = self._normal(between, between.encode())
+                ids.append(self._encode_fast([data])[0])
+            ids.append(self.encode(text[start:end].encode()))
+            done = end
+        if done < len(text):
+            data = self._normal(text[done:], text[done:].encode())
+            ids.append(self._encode_fast([data])[0])
+        return np.concatenate(ids)
 
     def encode_documents(self, documents):
         """(ids with an end-of-text id after each document, tokens of each).
@@ -415,7 +502,8 @@ class Encoder:
         first = int.from_bytes(digest[:8], "little") % len(documents)
         ends, left, checked = np.cumsum(counts), SAMPLE_BYTES, 0
         for i in range(first, len(documents)):
-            document, made = documents[i], ids[ends[i] - counts[i] : ends[i] - 1]
+            document, end = documents[i], ends[i] - 1
+            made = ids[end + 1 - counts[i] : end]
             if len(document) > SAMPLE_BYTES:
                 document = document[:SAMPLE_BYTES].decode("utf-8", "ignore")
                 document = document.encode()

@@ -229,13 +229,13 @@ def read_blocks(files, start, column):
     without `column`.
     """
     number, skip = start
+    before = sum(file.size for file in files[:number])
     while number < len(files):
         file = files[number]
-        before = sum(f.size for f in files[:number])
         if file.format[0] == "text":
             block = _text_block(files, number, before)
             yield block
-            number = block.next[0]
+            number, before = block.next[0], block.done
             continue
         path = local_path(file)
         try:
@@ -243,9 +243,8 @@ def read_blocks(files, start, column):
                 READERS[file.format[0]](file, path, column)
             ):
                 if i >= skip:
-                    names, done = [str(path)], before + done * file.size
-                    next = (number, i + 1)
-                    yield Block(names, first, *data, done, next)
+                    done, next = before + done * file.size, (number, i + 1)
+                    yield Block([str(path)], first, *data, done, next)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -253,19 +252,23 @@ def read_blocks(files, start, column):
                 f"{path} is damaged or cut off: {error}; fetch it again"
             ) from error
         number, skip = number + 1, 0
+        before += file.size
 
 
 def _text_block(files, number, done):
     """Whole text files, one document each, up to about BLOCK_BYTES."""
-    texts, names = [], []
-    while number < len(files) and files[number].format[0] == "text":
+    texts, names, size = [], [], 0
+    while (
+        size < BLOCK_BYTES
+        and number < len(files)
+        and files[number].format[0] == "text"
+    ):
         path = local_path(files[number])
         texts.append(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         names.append(str(path))
+        size += len(texts[-1])
         done += files[number].size
         number += 1
-        if sum(map(len, texts)) >= BLOCK_BYTES:
-            break
     offsets = np.cumsum([0, *map(len, texts)])
     data = b"".join(texts)
     return Block(names, 0, data, offsets, None, done, (number, 0))
@@ -301,7 +304,8 @@ def _read_full(stream):
 
 
 def _read_parquet(file, path, column):
-    with pq.ParquetFile(path) as table:
+    # Its pre_buffer would keep all that was read until the file ends.
+    with pq.ParquetFile(path, pre_buffer=False) as table:
         _check_column(path, table.schema_arrow, column)
         metadata, size = table.metadata, 1
         for group in range(metadata.num_row_groups):

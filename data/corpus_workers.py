@@ -1,7 +1,9 @@
 """Worker processes that turn blocks of records into ids, in order.
 
 The parent reads and writes; what it writes depends on the blocks alone, not
-on the number of workers. A worker whose parent dies, dies with it.
+on the number of workers. Workers are forked, which shares the tokenizer's
+memory and saves loading it again; so they must start before anything in the
+parent starts threads. A worker whose parent dies, dies with it.
 
     python data/custom/prepare.py --help
 """
@@ -18,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.corpus_encoder import Encoder
 from data.corpus_readers import CorpusError, texts
 from training.dataset_record import SPLITS, DatasetError
 
@@ -28,7 +29,6 @@ IN_FLIGHT = 2  # blocks of each worker: one in work and the next
 class Settings(NamedTuple):
     """What decides the ids and the split of a document."""
 
-    tokenizer: tuple  # a CorpusTokenizer
     column: str
     on_bad_text: str
     val_share: float
@@ -46,9 +46,8 @@ class Encoded(NamedTuple):
 class BlockEncoder:
     """Splits and encodes the documents of blocks."""
 
-    def __init__(self, settings):
-        self.settings = settings
-        self.encoder = Encoder(settings.tokenizer)
+    def __init__(self, settings, encoder):
+        self.settings, self.encoder = settings, encoder
         self._seed = f"{settings.seed}:".encode()
         self._limit = int(settings.val_share * 2**64)
 
@@ -63,7 +62,7 @@ class BlockEncoder:
         return "val" if val else "train"
 
     def __call__(self, block):
-        """({split: Encoded or None}, counts of records by what became of them)."""
+        """({split: Encoded or None}, counts of what became of records)."""
         kept = {split: ([], []) for split in SPLITS}
         counts = Counter()
         for text, fault in texts(
@@ -85,6 +84,7 @@ class BlockEncoder:
             result[split] = None
             if documents:
                 result[split] = self._encoded(documents, digests, counts)
+        self.encoder.limit_cache()
         return result, counts
 
     def _encoded(self, documents, digests, counts):
@@ -105,52 +105,67 @@ def is_blank(text):
     return text.lstrip()[0] >= 0x80 and text.decode().isspace()
 
 
-def encode_blocks(blocks, settings, num_proc):
-    """(records, block, result of BlockEncoder) for each block, in order.
+class Workers:
+    """Applies a BlockEncoder to blocks in `num_proc` processes.
 
-    The blocks come back without their data.
+    With one, no process is started. A context manager.
     """
-    if num_proc == 1:
-        encode = BlockEncoder(settings)
-        for block in blocks:
-            yield block.records, block._replace(data=b""), encode(block)
-        return
-    workers = []
-    try:
-        yield from _in_turns(blocks, settings, num_proc, workers)
-    finally:
-        for _, connection in workers:
+
+    def __init__(self, encode, num_proc):
+        self._encode = encode
+        self._workers = []  # (process, our end of its pipe)
+        if num_proc == 1:
+            return
+        context = multiprocessing.get_context("fork")
+        for _ in range(num_proc):
+            ours, theirs = context.Pipe()
+            # Our ends, in the child too: open there, they would keep a worker
+            # alive whose parent is gone.
+            ends = [*(end for _, end in self._workers), ours]
+            process = context.Process(
+                target=work, args=(theirs, encode, ends), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for _, connection in self._workers:
             connection.close()
-        for process, _ in workers:
+        for process, _ in self._workers:
             process.join(5)
             process.kill()
 
+    def encoded(self, blocks):
+        """(records, block, result of BlockEncoder) for each block, in order.
 
-def _in_turns(blocks, settings, num_proc, workers):
-    context = multiprocessing.get_context("spawn")
-    waiting = deque()  # (records, block without its data, worker)
-    for i, block in enumerate(blocks):
-        if len(workers) < num_proc:
-            workers.append(_start(context, settings))
-        if len(waiting) == IN_FLIGHT * num_proc:
+        The blocks come back without their data.
+        """
+        if not self._workers:
+            for block in blocks:
+                yield block.records, _empty(block), self._encode(block)
+            return
+        waiting = deque()  # (records, block, worker)
+        for i, block in enumerate(blocks):
+            if len(waiting) == IN_FLIGHT * len(self._workers):
+                yield _receive(*waiting.popleft())
+            process, connection = worker = self._workers[
+                i % len(self._workers)
+            ]
+            try:
+                connection.send(block)
+            except OSError as error:
+                raise _died(process) from error
+            waiting.append((block.records, _empty(block), worker))
+        while waiting:
             yield _receive(*waiting.popleft())
-        process, connection = worker = workers[i % num_proc]
-        try:
-            connection.send(block)
-        except OSError as error:
-            raise _died(process) from error
-        waiting.append((block.records, block._replace(data=b""), worker))
-    while waiting:
-        yield _receive(*waiting.popleft())
 
 
-def _start(context, settings):
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, settings))
-    process.daemon = True
-    process.start()
-    theirs.close()
-    return process, ours
+def _empty(block):
+    return block._replace(data=b"", offsets=None, nulls=None)
 
 
 def _receive(records, block, worker):
@@ -173,8 +188,10 @@ def _died(process):
     )
 
 
-def work(connection, settings):
+def work(connection, encode, ends_of_parent):
     """A worker's life: blocks in, results out, until the parent is gone."""
+    for end in ends_of_parent:
+        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     # The workers have the cores already; `tokenizers` would take them again.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -189,10 +206,8 @@ def work(connection, settings):
             arrived.put(None)
 
     threading.Thread(target=receive, daemon=True).start()
-    encode = None
     while (block := arrived.get()) is not None:
         try:
-            encode = encode or BlockEncoder(settings)
             answer = encode(block)
         except (CorpusError, DatasetError) as error:
             answer = type(error)(*error.args)

@@ -99,8 +99,9 @@ def inspect(options):
     split = dataset.split(options.split)
     if not 0 <= options.offset < split.tokens or options.count < 1:
         raise DatasetError(
-            f"--offset={options.offset} --count={options.count}: {options.split}"
-            f" has tokens 0 .. {split.tokens - 1}, and at least one is shown"
+            f"--offset={options.offset} --count={options.count}:"
+            f" {options.split} has tokens 0 .. {split.tokens - 1}, and at"
+            " least one is shown"
         )
     step = (split.tokens - options.offset) // max(options.windows, 1)
     for i in range(max(options.windows, 1)):

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus_readers
-from data.corpus_encoder import KNOWN, load_tokenizer
+from data.corpus_encoder import KNOWN, Encoder, load_tokenizer
 from data.corpus_readers import (
     HUB,
     CorpusError,
@@ -38,8 +38,8 @@ from data.corpus_readers import (
     find_inputs,
     read_blocks,
 )
-from data.corpus_workers import Settings, encode_blocks
-from training.dataset_record import SPLITS, DatasetError, part_path
+from data.corpus_workers import BlockEncoder, Settings, Workers
+from training.dataset_record import SPLITS, DatasetError, bins, part_path
 from training.dataset_writer import BinWriter, DatasetWriter, sync_folder
 
 RECIPE = 1  # raise when the same inputs would give other bytes
@@ -66,13 +66,11 @@ class Job:
         self.work = options.out / WORK_FOLDER
         self.tokenizer, self.files = tokenizer, files
         self.settings = Settings(
-            tokenizer,
             options.column,
             options.on_bad_text,
             options.val_share,
             SEED,
         )
-        self.num_proc = options.num_proc
         self.max_documents = options.max_documents
         self.part_tokens = corpus.part_tokens
         size = corpus.files_per_lane or max(len(files), 1)
@@ -149,7 +147,15 @@ def corpus_files(options):
 def is_done(job, overwrite):
     """Whether the folder holds this dataset; CorpusError for another one."""
     path = job.folder / "meta.json"
-    if overwrite or not path.exists():
+    if overwrite or not job.folder.is_dir():
+        return False
+    if not path.exists():
+        # A last step that was killed leaves bins and a partial record.
+        if bins(job.folder) and not part_path(path).exists():
+            raise CorpusError(
+                f"{job.folder} has bins without a record, a dataset of"
+                " another origin; replace it with --overwrite or choose --out"
+            )
         return False
     try:
         found = json.loads(path.read_text())["source"]["inputs_sha256"]
@@ -255,9 +261,9 @@ class Part:
 
     def finish(self, next_block, last):
         """Make the part durable; its record is written last."""
-        bins, arrays = {}, {}
+        records, arrays = {}, {}
         for split, writer in self._bins.items():
-            bins[split] = writer.finish()
+            records[split] = writer.finish()
             os.replace(part_path(writer.path), writer.path)
             arrays[f"{split}_lengths"] = np.concatenate(self._lengths[split])
             digests = np.frombuffer(self._digests[split], np.uint8)
@@ -271,7 +277,7 @@ class Part:
             "next": next_block,
             "last": last,
             "counts": dict(self.counts),
-            "bins": bins,
+            "bins": records,
         }
         write_durably(
             self.work / f"{self.stem}.json", json.dumps(record).encode()
@@ -282,7 +288,7 @@ class Part:
             writer.abort()
 
 
-def prepare_lane(job, lane, progress):
+def prepare_lane(job, lane, workers, progress):
     """Write the parts of a lane that are missing."""
     parts = finished_parts(job, lane)
     if parts and parts[-1]["last"]:
@@ -297,9 +303,8 @@ def prepare_lane(job, lane, progress):
     )
     part = Part(job.work, f"{lane:05d}_{len(parts):05d}")
     number = len(parts)
-    results = encode_blocks(blocks, job.settings, job.num_proc)
     try:
-        for records, block, (encoded, counts) in results:
+        for records, block, (encoded, counts) in workers.encoded(blocks):
             part.add(records, encoded, counts)
             progress.show(lane, block, encoded)
             if part.tokens >= job.part_tokens:
@@ -310,8 +315,6 @@ def prepare_lane(job, lane, progress):
     except BaseException:
         part.abort()
         raise
-    finally:
-        results.close()
 
 
 def first_records(blocks, limit):
@@ -355,7 +358,7 @@ class Progress:
 
 
 def merge(job, overwrite):
-    """Name the parts of all lanes and write meta.json; the record."""
+    """Name all parts and write meta.json; its content, documents checked."""
     parts, missing = [], []
     for lane in range(len(job.lanes)):
         found = finished_parts(job, lane)
@@ -394,12 +397,12 @@ def merge(job, overwrite):
                     )
         meta = writer.close()
     shutil.rmtree(job.work)
-    return meta
+    return meta, sum(part["counts"].get("checked", 0) for _, part in parts)
 
 
 def several_bins(parts):
-    bins = Counter(split for _, part in parts for split in part["bins"])
-    return max(bins.values()) > 1
+    found = Counter(split for _, part in parts for split in part["bins"])
+    return max(found.values()) > 1
 
 
 def check_both_splits(job, parts):
@@ -533,36 +536,49 @@ def prepare(options, corpus):
         corpus.tokenizer,
         getattr(options, "eot_token", None),
         getattr(options, "vocab_size", None),
-        options.encoder,
     )
     job = Job(options, corpus, tokenizer, corpus_files(options))
     if is_done(job, options.overwrite):
         shutil.rmtree(job.work, ignore_errors=True)
         print(f"{job.folder} already holds this dataset: nothing to do")
         return
-    describe(job)
     begin(job, options.overwrite)
-    index, total = getattr(options, "shard", None) or (0, 1)
-    lanes = list(range(index, len(job.lanes), total))
     if not getattr(options, "merge", False):
+        index, total = getattr(options, "shard", None) or (0, 1)
+        prepare_lanes(job, list(range(index, len(job.lanes), total)), options)
+        if getattr(options, "shard", None):
+            print(
+                f"shard {index}/{total} is prepared; when all are, run this"
+                " command with --merge"
+            )
+            return
+    meta, checked = merge(job, options.overwrite)
+    seconds = time.perf_counter() - start
+    print(
+        f"{job.folder}: {meta['source']['records']:,} records in {seconds:.1f}"
+        f" s; ids of {checked:,} documents agree with those of tokenizers"
+    )
+    report(meta)
+
+
+def prepare_lanes(job, lanes, options):
+    forced = options.encoder == "tokenizers"
+    encoder = Encoder(job.tokenizer, "--encoder=tokenizers" if forced else None)
+    describe(job, encoder.fallback, options.num_proc)
+    encode = BlockEncoder(job.settings, encoder)
+    with Workers(encode, options.num_proc) as workers:
         progress = Progress(job, lanes)
         with progress.bar:
             for lane in lanes:
                 with locked(job.work / f"{lane:05d}.lock"):
-                    prepare_lane(job, lane, progress)
-        if getattr(options, "shard", None):
-            print(f"lanes of shard {index}/{total} are prepared; when all"
-                  " shards are, run this command with --merge")
-            return
-    meta = merge(job, options.overwrite)
-    report(job.folder, meta, time.perf_counter() - start)
+                    prepare_lane(job, lane, workers, progress)
 
 
-def describe(job):
-    record, fallback = job.tokenizer.record, job.tokenizer.fallback
+def describe(job, fallback, num_proc):
+    record = job.tokenizer.record
     print(
-        f"{record['name']}: {record['size']:,} ids, {job.tokenizer.vocab_size:,}"
-        f" rows; {record['eot_token']} ({record['eot_id']}) after every"
+        f"{record['name']}: {record['size']:,} ids,"
+        f" {job.tokenizer.vocab_size:,} rows; {record['eot_token']} ({record['eot_id']}) after every"
         " document; special-token text inside a document is plain text"
     )
     if fallback:
@@ -570,13 +586,12 @@ def describe(job):
     size = sum(file.size for file in job.files)
     print(
         f"{len(job.files):,} files, {size / 1e9:.2f} GB, {len(job.lanes)}"
-        f" lane(s), {job.num_proc} worker(s), into {job.folder}"
+        f" lane(s), {num_proc} worker(s), into {job.folder}"
     )
 
 
-def report(folder, meta, seconds):
+def report(meta):
     source = meta["source"]
-    print(f"{folder}: {source['records']:,} records in {seconds:.1f} s")
     if any(source["left_out"].values()) or source["replaced"]:
         print(
             f"  left out: {source['left_out']['empty']} empty,"
@@ -600,8 +615,8 @@ def main(corpus, doc=None, arguments=None):
         sys.exit(f"prepare.py: {error}")
     except OSError as error:
         sys.exit(
-            f"prepare.py: {error}\nWhat is finished is kept: mend this and run"
-            " the same command again to continue."
+            f"prepare.py: {error}, while preparing {options.out}\nWhat is"
+            " finished is kept: mend this and run the same command again."
         )
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; the same command continues")

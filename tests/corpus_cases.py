@@ -1,6 +1,7 @@
 """Small corpora and runs of the preparation, for the tests of it."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -71,8 +72,6 @@ def prepare(out, inputs, tokenizer, *arguments, **settings):
 
 def start_script(dataset, *arguments, cwd=None, **env):
     """Begin data/DATASET/prepare.py as a user does."""
-    import os
-
     return subprocess.Popen(
         [sys.executable, str(ROOT / "data" / dataset / "prepare.py"),
          *map(str, arguments)],

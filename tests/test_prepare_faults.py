@@ -109,15 +109,15 @@ def kill_everywhere(out, run, expected, old=None):
 
 
 def test_kill_at_every_change_of_the_disk(corpus, tiny_tokenizer, tmp_path):
-    size = {"part_tokens": 7000}
+    size = {"part_tokens": 12000}
     prepare(tmp_path / "whole", corpus, tiny_tokenizer, **size)
     expected = contents(tmp_path / "whole")
-    assert len([name for name in expected if name.endswith(".bin")]) == 6
+    assert len([name for name in expected if name.endswith(".bin")]) == 4
     out = tmp_path / "set"
     kills = kill_everywhere(
         out, lambda: prepare(out, corpus, tiny_tokenizer, **size), expected
     )
-    assert kills > 40
+    assert kills > 30
 
 
 def test_kill_while_another_dataset_is_replaced(
@@ -187,18 +187,14 @@ def test_kill_of_a_run_with_workers(tiny_tokenizer, tmp_path):
 def test_a_worker_that_dies_is_named(
     corpus, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    # The tiny blocks arrive before the worker's first; it is killed at once.
-    start = corpus_workers._start
+    def die(block):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def start_and_kill(*arguments):
-        process, connection = start(*arguments)
-        process.kill()
-        return process, connection
-
-    monkeypatch.setattr(corpus_workers, "_start", start_and_kill)
+    # Workers are forked, so this reaches them.
+    monkeypatch.setattr(corpus_workers.BlockEncoder, "__call__",
+                        lambda self, block: die(block))
     with pytest.raises(SystemExit, match="worker process died .exit code -9"):
         prepare(tmp_path / "set", corpus, tiny_tokenizer, "--num_proc=2")
-    monkeypatch.undo()
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_tokenizer, tmp_path):
@@ -251,7 +247,7 @@ def test_full_disk(corpus, tiny_tokenizer, tmp_path):
     assert os.WEXITSTATUS(in_child(run, limit)) == 1
     said = messages.read_text()
     assert "File too large" in said
-    assert "run the same command again" in said
+    assert "run the same command again" in said.replace("\n", " ")
     assert [path.name for path in out.iterdir()] == [".prepare"]
     assert not list((out / ".prepare").glob("*.bin*"))
     assert not list((out / ".prepare").glob(".*.part"))

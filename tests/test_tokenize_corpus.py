@@ -326,16 +326,24 @@ def random_strings(count):
     ]
 
 
-def test_rare_characters_are_encoded_as_the_reference_does(tiny_tokenizer):
+def test_rare_characters_are_encoded_as_the_reference_does(
+    tiny_tokenizer, monkeypatch
+):
     encoder = Encoder(load_tokenizer(str(tiny_tokenizer)))
     strings = random_strings(1500) + ["a\u0301\u1ab1\u0323", "\U00011de9 x"]
     data = [string.encode() for string in strings]
-    assert any(encoder.nfc and s != unicodedata.normalize("NFC", s)
+    assert any(s != unicodedata.normalize("NFC", s)
                for s in strings)
     assert sum(
         corpus_encoder.unknown_characters()[list(map(ord, s))].any()
         for s in strings
     ) > 100
+    # Words, of which a part is encoded by the reference alone, and pieces.
+    strings += ["x y".join(strings[n : n + 9]) for n in range(0, 1400, 7)]
+    strings.append("a\u0301 line x y" * 50 + "\U00011de9 x\n\nlast e\u0301")
+    monkeypatch.setattr(corpus_encoder, "PIECE_BYTES", 40)
+    assert len(encoder._pieces(strings[-1].encode())) > 9
+    data = [string.encode() for string in strings]
     ids, cuts = encoder.encode_rows(data)
     expected = reference(tiny_tokenizer).encode_batch(strings)
     assert [row.tolist() for row in np.split(ids, cuts)] == [
@@ -345,8 +353,9 @@ def test_rare_characters_are_encoded_as_the_reference_does(tiny_tokenizer):
 
 def test_special_tokens_are_plain_text(tiny_tokenizer):
     tokenizer = load_tokenizer(str(tiny_tokenizer))
-    assert tokenizer.fallback is None
-    ids, counts = Encoder(tokenizer).encode_documents(
+    encoder = Encoder(tokenizer)
+    assert encoder.fallback is None
+    ids, counts = encoder.encode_documents(
         [b"<|endoftext|>", b"<think>x"]
     )
     assert (ids == EOT).sum() == 2 and (ids == EOT + 1).sum() == 0

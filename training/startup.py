@@ -74,6 +74,13 @@ class Job:
     record: dict           # run.json
     records: list[dict]    # metrics of a resumed run so far
 
+    def __post_init__(self):
+        self.evaluated_steps = {r['step'] for r in self.records
+                                if r['kind'] == 'eval'}
+
+    def evaluated_at(self, step: int) -> bool:
+        return step in self.evaluated_steps
+
     def save(self, step: int, val_loss: float | None = None):
         save_checkpoint(self.run.folder, self.strategy, step=step,
                         val_loss=val_loss,

@@ -94,7 +94,9 @@ class Replicated:
 
     def step(self):
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+
+    def drop_gradients(self):
+        self.model.zero_grad(set_to_none=True)
 
     def pieces(self) -> list[Piece]:
         """The ranges whose optimizer state this rank holds, weights with
@@ -181,8 +183,7 @@ class Zero1(Replicated):
             piece.owner.grad = grad[piece.start:
                                     piece.start + len(piece.weight)]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # views of the model's
         low = self.ranks.rank * self.part
         dist.all_gather_into_tensor(
             self.flat, self.flat[low:low + self.part].clone())

@@ -1,6 +1,6 @@
 """Your own corpus with any tokenizer, into data/NAME.
 
-    python data/custom/prepare.py --input my_texts/ --tokenizer qwen3 --name mine
+    python data/custom/prepare.py --input texts/ --tokenizer qwen3 --name mine
 """
 
 import sys
