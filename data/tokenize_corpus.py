@@ -13,7 +13,6 @@ machines prepare independently (--shard i/n) and one command joins (--merge).
     python data/slimpajama_6b_qwen3/prepare.py
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -30,7 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus_readers
-from data.corpus_encoder import KNOWN, Encoder, load_tokenizer
+from data.corpus_encoder import Encoder, load_tokenizer
+from data.corpus_options import parse_arguments
 from data.corpus_readers import (
     HUB,
     CorpusError,
@@ -420,115 +420,6 @@ def check_both_splits(job, parts):
 # The command
 
 
-def parse_arguments(corpus, doc, arguments=None):
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        metavar="PATH",
-        default=[corpus.inputs] if corpus.inputs else None,
-        required=corpus.inputs is None,
-        help="files, folders, or hub:OWNER/NAME[@REVISION][:PATTERN]"
-        " (default: %(default)s)",
-    )
-    add(
-        "--tokenizer",
-        metavar="PATH",
-        required=corpus.tokenizer is None,
-        help="tokenizer.json, tokenizer.model, a folder with one,"
-        f" {', '.join(KNOWN)} or a hub repository"
-        f" (default: {corpus.tokenizer})",
-    )
-    add("--out", type=Path, help=f"folder (default: {corpus.folder})")
-    add("--name", help="name of the dataset (default: that of --out)")
-    add("--column", default="text", help="with the text (default: text)")
-    add(
-        "--max_documents",
-        type=count,
-        help="read only the first N records",
-        metavar="N",
-    )
-    add(
-        "--num_proc",
-        type=count,
-        default=usable_cores(),
-        metavar="N",
-        help="worker processes; the bytes do not depend on it (default:"
-        " %(default)s, the cores)",
-    )
-    add(
-        "--on_bad_text",
-        choices=("stop", "skip", "replace"),
-        default="stop",
-        help="for text that is null, missing, not UTF-8 or has a lone"
-        " surrogate (default: stop)",
-    )
-    add(
-        "--val_share",
-        type=share,
-        default=corpus.val_share,
-        help="of the documents, for validation (default: %(default)s)",
-    )
-    add("--encoder", choices=("auto", "tokenizers"), default="auto")
-    add("--overwrite", action="store_true", help="replace another dataset")
-    if corpus.tokenizer is None:
-        add("--eot_token", help="end of text (default: the usual one)")
-        add("--vocab_size", type=count, help="embedding rows")
-    if corpus.files_per_lane is not None:
-        add(
-            "--shard",
-            type=shard,
-            metavar="I/N",
-            help="prepare only lanes I, I + N, ...: for N machines or jobs",
-        )
-        add("--merge", action="store_true", help="only join what is prepared")
-    options = parser.parse_args(arguments)
-    if getattr(options, "shard", None) and (
-        options.merge or options.max_documents is not None
-    ):
-        parser.error("--shard goes with neither --merge nor --max_documents")
-    folder = corpus.folder
-    if options.out is None and corpus.tokenizer is None:
-        if options.name is None:
-            parser.error("give a --name (then it is data/NAME) or --out")
-        folder = folder.parent / options.name
-    if corpus.tokenizer is not None:
-        options.name = options.name or corpus.folder.name
-    options.out = (options.out or folder).expanduser().absolute()
-    options.name = options.name or options.out.name
-    return options
-
-
-def usable_cores():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def count(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return number
-
-
-def share(text):
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: between 0 and 1")
-    return number
-
-
-def shard(text):
-    index, _, total = text.partition("/")
-    if not (index + total).isdecimal() or not int(index) < int(total):
-        raise argparse.ArgumentTypeError(f"{text}: I/N with 0 <= I < N")
-    return int(index), int(total)
-
-
 def prepare(options, corpus):
     start = time.perf_counter()
     tokenizer = load_tokenizer(
@@ -578,8 +469,9 @@ def describe(job, fallback, num_proc):
     record = job.tokenizer.record
     print(
         f"{record['name']}: {record['size']:,} ids,"
-        f" {job.tokenizer.vocab_size:,} rows; {record['eot_token']} ({record['eot_id']}) after every"
-        " document; special-token text inside a document is plain text"
+        f" {job.tokenizer.vocab_size:,} rows; {record['eot_token']}"
+        f" ({record['eot_id']}) after every document; special-token text"
+        " inside a document is plain text"
     )
     if fallback:
         print(f"encoding with tokenizers, some 50 times slower: {fallback}")

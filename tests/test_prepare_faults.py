@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import psutil
@@ -85,7 +86,7 @@ def kill_everywhere(out, run, expected, old=None):
     for number in range(1, 500):
         if old is not None:
             shutil.copytree(old, out)
-        status = in_child(run, lambda: killed_at(number, out))
+        status = in_child(run, partial(killed_at, number, out))
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             assert contents(out) == expected

@@ -239,25 +239,24 @@ def test_the_split_depends_on_the_text_alone(
     assert moved.text_sha256 != a.split("val").text_sha256
 
 
-def test_max_documents_takes_the_first(texts, tiny_tokenizer, tmp_path,
-                                       monkeypatch):
+@pytest.mark.parametrize(
+    ("write", "suffix"), [(write_lines, ".jsonl"), (write_parquet, ".parquet")]
+)
+def test_max_documents_takes_the_first(
+    write, suffix, texts, tiny_tokenizer, tmp_path, monkeypatch
+):
     small_blocks(monkeypatch)
     first = write_lines(tmp_path / "first.jsonl", texts[:77])
     prepare(tmp_path / "a", first, tiny_tokenizer)
-    for n, write in enumerate((write_lines, write_parquet)):
-        files = [
-            write(tmp_path / f"0{n}.{write.__name__[6:]}", texts[:50]),
-            write(tmp_path / f"1{n}.{write.__name__[6:]}", texts[50:]),
-        ]
-        renamed = [
-            f.rename(f.with_suffix(".jsonl" if n == 0 else ".parquet"))
-            for f in files
-        ]
-        prepare(tmp_path / f"b{n}", renamed, tiny_tokenizer,
-                "--max_documents=77")
-        a, b = open_dataset(tmp_path / "a"), open_dataset(tmp_path / f"b{n}")
-        assert b.meta["source"]["records"] == 77
-        assert a.split("train").text_sha256 == b.split("train").text_sha256
+    files = [
+        write(tmp_path / f"1{suffix}", texts[:50]),
+        write(tmp_path / f"2{suffix}", texts[50:]),
+    ]
+    prepare(tmp_path / "b", files, tiny_tokenizer, "--max_documents=77")
+    a, b = open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")
+    assert b.meta["source"]["records"] == 77
+    for name in a.splits:
+        assert a.split(name).text_sha256 == b.split(name).text_sha256
 
 
 # Lanes: many machines

@@ -1,0 +1,140 @@
+"""sample.py: reproducible, decoded, and nothing the tokenizer lacks."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from running import TINY, newest, read_json, run, snapshot, train
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from hf_convert import to_hf
+from model_builder import ConfigurableGPT
+from model_config import ModelArchitectureConfig
+
+
+def samples(output):
+    """The text below each line `--- sample 1 of 2`."""
+    return re.split(r'--- sample \d+ of \d+\n', output)[1:]
+
+
+@pytest.fixture(scope='module')
+def sample(warm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sample')
+
+    def sample(out_dir, **options):
+        result = warm.run('sample.py', cwd=folder, out_dir=out_dir, **options)
+        assert result.returncode == 0, result.stderr
+        return samples(result.stdout)
+    return sample
+
+
+def test_reproducible_by_seed(sample, gpt2_run):
+    """An out_dir, its run and a checkpoint name the same model."""
+    options = {'max_new_tokens': 40, 'num_samples': 2, 'prompt': 'class '}
+    first = sample(gpt2_run.parent, **options, seed=1)
+    assert len(first) == 2 and first[0] != first[1]
+    assert all(text.startswith('class ') for text in first)
+    assert sample(gpt2_run, **options, seed=1) == first
+    assert sample(gpt2_run, **options, seed=2) != first
+
+
+def test_temperature_0_takes_the_likeliest(sample, qwen_run):
+    """Also beyond block_size, against transformers' logits."""
+    record = read_json(qwen_run / 'run.json')
+    model = ConfigurableGPT(
+        ModelArchitectureConfig.from_dict(record['architecture']))
+    model.load_state_dict(load_file(
+        qwen_run / 'checkpoints' / 'latest' / 'model.safetensors'),
+        strict=False)
+    model = to_hf(model)
+    tokenizer = Tokenizer.from_file(
+        f"{record['dataset']['folder']}/tokenizer/tokenizer.json")
+    ids = [0, *tokenizer.encode('def get').ids]  # it begins a document
+    for _ in range(30):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[-16:]])).logits[0, -1]
+        ids.append(int(logits[: tokenizer.get_vocab_size()].argmax()))
+    expected = tokenizer.decode(ids[1:])
+    options = {'temperature': 0, 'num_samples': 2, 'prompt': 'def get',
+               'max_new_tokens': 30}
+    for seed in 1, 2:
+        texts = sample(qwen_run, **options, seed=seed)
+        assert [text.rstrip('\n') for text in texts] == [
+            expected.rstrip('\n')] * 2
+
+
+@pytest.fixture(scope='module')
+def words_run(tmp_path_factory, data):
+    """Hardly trained: 479 of 500 rows, all about as likely, have no id."""
+    return train(tmp_path_factory.mktemp('words') / 'out', **TINY | {
+        'dataset': data / 'words', 'max_iters': 1, 'learning_rate': 1e-5})
+
+
+@pytest.mark.parametrize('limits', [
+    {'top_k': None}, {'top_k': 400}, {'top_k': None, 'top_p': 1.0},
+    {'top_k': 1}], ids=str)
+def test_no_id_beyond_the_tokenizer(sample, words_run, limits):
+    """Whatever is drawn is a word of the 20, or ends the text."""
+    texts = sample(words_run, temperature=100.0, num_samples=4,
+                   max_new_tokens=60, prompt='w1 w2', **limits)
+    for text in texts:
+        words = text.replace('<|endoftext|>', ' ').split()
+        assert words[:2] == ['w1', 'w2'] and len(words) <= 62
+        assert set(words) <= {f'w{i}' for i in range(1, 21)}
+    drawn = sum(len(text.split()) - 2 for text in texts)
+    assert drawn >= 20  # of 240; with ids drawn from all rows it is 10
+
+
+def test_default_prompt_begins_a_document(sample, words_run):
+    assert len(sample(words_run, num_samples=3, max_new_tokens=9)) == 3
+
+
+def spoil(*parts, content=b''):
+    def change(folder):
+        path = folder.joinpath(*parts)
+        shutil.rmtree(path) if path.is_dir() else path.write_bytes(content)
+    return change
+
+
+@pytest.mark.parametrize('options, change, says', [
+    ({'out_dir': 'nowhere'}, None, ['nowhere', 'out_dir']),
+    ({'temprature': 1}, None, ['temprature', 'temperature']),
+    ({'temperature': -1, 'top_k': 0, 'top_p': 1.5}, None,
+     ['temperature', '-1', 'top_k', '0', 'top_p', '1.5']),
+    ({}, spoil('out', 'latest', 'checkpoints'), ['checkpoint', 'out']),
+    ({}, spoil('out', 'latest', 'checkpoints', 'latest', 'model.safetensors'),
+     ['model.safetensors', 'bytes']),
+    ({}, spoil('small', 'tokenizer'), ['tokenizer', 'prepare.py']),
+    ({}, spoil('small', 'tokenizer', 'tokenizer.json', content=b'{}'),
+     ['tokenizer.json', 'prepare.py']),
+    ({}, spoil('small'), ['small', 'prepare.py']),
+], ids=['no run', 'mistyped', 'out of range', 'no checkpoint',
+        'truncated checkpoint', 'no tokenizer', 'other tokenizer',
+        'no dataset'])
+def test_refused(tmp_path, warm, data, gpt2_run, options, change, says):
+    shutil.copytree(gpt2_run.parent, tmp_path / 'out', symlinks=True)
+    shutil.copytree(data / 'small', tmp_path / 'small')
+    path = newest(tmp_path / 'out') / 'run.json'
+    record = read_json(path)
+    record['dataset']['folder'] = str(tmp_path / 'small')
+    record['options']['dataset'] = str(tmp_path / 'small')
+    path.write_text(json.dumps(record))
+    if change:
+        change(tmp_path)
+    before = snapshot(tmp_path)
+    result = warm.run('sample.py', cwd=tmp_path, **{'out_dir': 'out'} | options)
+    assert result.returncode == 2, result.stderr
+    assert 'Traceback' not in result.stderr
+    assert [part for part in says if part not in result.stderr] == [], (
+        result.stderr)
+    assert snapshot(tmp_path) == before
+
+
+def test_as_a_command(gpt2_run):
+    result = run('sample.py', out_dir=gpt2_run, num_samples=1,
+                 max_new_tokens=5, prompt='import ')
+    assert result.returncode == 0, result.stderr
+    assert 'import ' in result.stdout
