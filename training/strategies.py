@@ -126,7 +126,7 @@ class Replicated:
     @property
     def optimizer_steps(self) -> int:
         for state in self.optimizer.state.values():
-            return int(state['step'])
+            return int(state.get('step', 0))
         return 0
 
     @optimizer_steps.setter
