@@ -123,6 +123,7 @@ peak_tflops: PositiveFloat | None = None  # dense peak, for MFU; None: by name
 
 
 def main():
+    stop = StopSignals()
     try:
         job = start(globals(), __file__, sys.argv[1:])
     except OtherRankFailed:
@@ -131,7 +132,7 @@ def main():
         exit_with(error)
     try:
         with job:
-            status = train(job)
+            status = train(job, stop)
     except OtherRankFailed:
         sys.exit(1)
     except (OSError, DatasetError) as error:  # a full disk, a damaged bin
@@ -139,12 +140,12 @@ def main():
     sys.exit(status)
 
 
-def train(job) -> int:
+def train(job, stop) -> int:
     """The training loop; returns the exit status."""
     strategy = job.strategy
     forward = prepare_model(job)
     training_forward = strategy.wrap(forward)
-    stop, progress = StopSignals(), Progress(job)
+    progress = Progress(job)
     step = job.start_step
     skipped = sum(r['kind'] == 'skipped' for r in job.records)
     if evaluation_due(job, step) and not job.evaluated_at(step):

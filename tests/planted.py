@@ -10,6 +10,7 @@ training/ know nothing of this file.
 import hashlib
 import os
 import signal
+import time
 
 import torch
 
@@ -116,3 +117,95 @@ def read_batches(path, ranks):
     return [digest for step in zip(*lines, strict=True) for digest in step]
 
 
+
+
+OPERATIONS = ('mkdir', 'fsync', 'rename', 'replace', 'symlink', 'unlink',
+              'rmdir')
+
+
+def kill_in_save(rank, at):
+    """{rank: n}: SIGKILL before the n-th change that a save makes on disk.
+
+    A file of tensors counts twice: not there yet, and half of it there.
+    """
+    if rank not in at:
+        return
+    count, saving = 0, False
+
+    def reached():
+        nonlocal count
+        count += saving
+        return saving and count == at[rank]
+
+    def guarded(original):
+        def operation(*arguments, **named):
+            if reached():
+                raise_signal('SIGKILL')
+            return original(*arguments, **named)
+        return operation
+
+    for name in OPERATIONS:
+        setattr(os, name, guarded(getattr(os, name)))
+    save_file, save_checkpoint = (checkpoint.save_file,
+                                  checkpoint.save_checkpoint)
+
+    def half_written(tensors, path):
+        if reached():
+            raise_signal('SIGKILL')
+        save_file(tensors, path)
+        if reached():
+            os.truncate(path, os.stat(path).st_size // 2)
+            raise_signal('SIGKILL')
+
+    def save(*arguments, **named):
+        nonlocal saving
+        saving = True
+        try:
+            return save_checkpoint(*arguments, **named)
+        finally:
+            saving = False
+
+    checkpoint.save_file, checkpoint.save_checkpoint = half_written, save
+
+
+def full_disk_in_save(rank, at):
+    """{rank: save}: from the n-th save on, no file may exceed 4 kB."""
+    import resource
+    if rank in at:
+        def fill(n):
+            if n == at[rank]:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        around(checkpoint, '_write_share', fill)
+
+
+def spoil(rank, at, what):
+    """{rank: micro-step}: there, and once, the loss is `nan`, or one element
+    of a gradient `inf` while the loss is as it should be."""
+    from model_builder import ConfigurableGPT
+    original, count, due = ConfigurableGPT.forward, 0, False
+
+    def infinite(grad):
+        nonlocal due
+        if due:
+            due, grad = False, grad.clone()
+            grad[0] = float('inf')
+        return grad
+
+    def forward(self, *arguments, **named):
+        nonlocal count, due
+        if not self.training:
+            return original(self, *arguments, **named)
+        count += 1
+        if count == 1 and what == 'inf':
+            self.ln_f.weight.register_hook(infinite)
+        here = count == at.get(rank)
+        due = here and what == 'inf'
+        logits, loss = original(self, *arguments, **named)
+        return logits, loss * float('nan') if here and not due else loss
+
+    ConfigurableGPT.forward = forward
+
+
+def slow_updates(seconds):
+    around(strategies.Replicated, 'clip', lambda n: time.sleep(seconds))

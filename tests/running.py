@@ -185,6 +185,32 @@ def weights(run_folder, step=None):
     return path.read_bytes()
 
 
+def whole_tensors(checkpoint):
+    """{file kind: {name: 1-D tensor}}, put together from all files' parts.
+
+    Every element must be there once; read without the project's own reader.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    merged = {}
+    for path in sorted(checkpoint.glob('*.safetensors')):
+        kind = path.name.split('-')[0].split('.')[0]
+        for key, tensor in load_file(path).items():
+            name, _, start = key.partition('@')
+            merged.setdefault((kind, name), []).append(
+                (int(start or 0), tensor.flatten()))
+    whole = {}
+    for key, parts in merged.items():
+        parts.sort(key=lambda part: part[0])
+        end = 0
+        for start, tensor in parts:
+            assert start == end, (key, start, end)
+            end += len(tensor)
+        whole[key] = torch.cat([tensor for _, tensor in parts])
+    return whole
+
+
 def wait_for(condition, process, seconds=TIMEOUT):
     """Poll until `condition()` is true; fails if the process ends first."""
     deadline = time.monotonic() + seconds

@@ -18,6 +18,7 @@ from running import (
     newest,
     read_json,
     read_lines,
+    whole_tensors,
 )
 from safetensors.torch import load_file
 
@@ -196,29 +197,6 @@ def test_another_batch_is_caught(trained):
 
 
 # --- checkpoints -------------------------------------------------------------
-
-
-def whole_tensors(checkpoint):
-    """{file kind: {name: 1-D tensor}}, put together from all files' parts.
-
-    Every element must be there once; read without the project's own reader.
-    """
-    merged = {}
-    for path in sorted(checkpoint.glob('*.safetensors')):
-        kind = path.name.split('-')[0].split('.')[0]
-        for key, tensor in load_file(path).items():
-            name, _, start = key.partition('@')
-            merged.setdefault((kind, name), []).append(
-                (int(start or 0), tensor.flatten()))
-    whole = {}
-    for key, parts in merged.items():
-        parts.sort(key=lambda part: part[0])
-        end = 0
-        for start, tensor in parts:
-            assert start == end, (key, start, end)
-            end += len(tensor)
-        whole[key] = torch.cat([tensor for _, tensor in parts])
-    return whole
 
 
 @pytest.fixture(scope='module')
