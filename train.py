@@ -155,7 +155,8 @@ def train(job, stop) -> int:
         lr = learning_rate_at(step, **job.schedule)
         strategy.set_learning_rate(lr)
         # dropout is a function of step and rank: resuming needs no state
-        torch.manual_seed((seed * 2**32 + step) * 2**16 + job.ranks.rank)
+        torch.manual_seed(((seed * 2**32 + step) * 2**16 + job.ranks.rank)
+                          % 2**64)
 
         progress.step_begins()
         loss = torch.zeros((), device=job.device)  # of this rank
@@ -227,8 +228,8 @@ def evaluate_and_save(job, forward, step, stop, progress):
     val_loss, val_bpb = result
     job.evaluated_steps.add(step)
     progress.evaluated(step, val_loss, val_bpb)
-    best = val_loss < job.best_val_loss
-    job.best_val_loss = min(val_loss, job.best_val_loss)
+    best = val_loss < job.best_val_loss  # not if it is NaN
+    job.best_val_loss = val_loss if best else job.best_val_loss
     if step > 0 and (best or always_save_checkpoint or step == job.max_iters
                      or (checkpoint_interval
                          and step % checkpoint_interval == 0)):

@@ -65,12 +65,14 @@ def save_checkpoint(run_folder, strategy, *, step, val_loss=None,
             'optimizer_steps': strategy.optimizer_steps,
             'architecture': strategy.model.config.to_dict(), 'files': files})
         _fsync(part)
-        if final.exists():  # the same step, trained again after a resume
-            shutil.rmtree(final)
+        if final.exists():  # damaged, and trained again from one before
+            os.rename(final, folder / f'.{final.name}.old.part')
         os.rename(part, final)
+        _fsync(folder)
         point_to(folder / 'latest', final.name)
         _fsync(folder)
-        _prune(folder, keep)
+        _remove_parts(folder)
+        _prune(folder, keep, final.name)
 
     on_main(ranks, _make_part, folder, part)
     all_or_none(_write_share, part, strategy)
@@ -86,10 +88,16 @@ def on_main(ranks: Ranks, function, *arguments):
 
 def _make_part(folder: Path, part: Path):
     folder.mkdir(exist_ok=True)
-    for left_over in folder.glob('.*.part'):
-        if left_over.is_dir():
-            shutil.rmtree(left_over)  # of a save that was killed
+    _remove_parts(folder)  # of a save that was killed
     part.mkdir()
+
+
+def _remove_parts(folder: Path):
+    for part in folder.glob('.*.part'):
+        if part.is_symlink():
+            part.unlink()  # the next `latest`
+        else:
+            shutil.rmtree(part)
 
 
 def _write_share(part: Path, strategy):
@@ -105,7 +113,11 @@ def _write_share(part: Path, strategy):
     files = {}
     for name, tensors in ((f'model{of_rank}.safetensors', weights),
                           (f'optimizer{of_rank}.safetensors', moments)):
-        save_file({k: t for k, t in tensors.items() if t.numel()}, part / name)
+        try:
+            save_file({k: t for k, t in tensors.items() if t.numel()},
+                      part / name)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f'{part / name} cannot be written: {error}') from error
         _fsync(part / name)
         files[name] = {'bytes': (part / name).stat().st_size,
                        'sha256': _sha256(part / name)}
@@ -124,19 +136,31 @@ def _named(piece, value, name, on_all_ranks: bool, ranks: Ranks):
     return f'{name}@{start}', value
 
 
-def _prune(folder: Path, keep: int):
-    found = sorted(folder.glob('step_*'))
+def note_val_loss(checkpoint: Path, val_loss: float):
+    """Into a checkpoint that was saved before its evaluation."""
+    write_json(checkpoint / 'state.json',
+               read_state(checkpoint) | {'val_loss': val_loss})
+
+
+def _prune(folder: Path, keep: int, newest: str):
+    # the run has gone back to one before those beyond the newest, since they
+    # are damaged
+    found = sorted(c for c in folder.glob('step_*') if c.name <= newest)
     scored = []
     for checkpoint in found:
         try:
             scored.append((read_state(checkpoint)['val_loss'], checkpoint))
         except CheckpointError:
             continue  # damaged later; it is not for pruning to judge
-    best = min(((loss, c) for loss, c in scored if loss is not None),
+    best = min(((loss, c) for loss, c in scored
+                if loss is not None and math.isfinite(loss)),
                default=(None, None))[1]
     for _, checkpoint in scored:
         if checkpoint != best and checkpoint not in found[-keep:]:
-            shutil.rmtree(checkpoint)
+            # under its name a folder is complete: it must not be half gone
+            part = checkpoint.with_name(f'.{checkpoint.name}.part')
+            os.rename(checkpoint, part)
+            shutil.rmtree(part)
 
 
 # --- reading ---------------------------------------------------------------

@@ -37,10 +37,21 @@ def ranks_of_environment() -> Ranks:
 def join(ranks: Ranks, timeout_s: float):
     """Meet the other processes; a collective that waits longer than
     `timeout_s` for a rank ends the job instead of hanging it."""
-    if ranks.world_size > 1:
-        dist.init_process_group(
-            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
-            timeout=timedelta(seconds=timeout_s))
+    if ranks.world_size == 1:
+        return
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous('env://', timeout=timeout))
+    store.set_timeout(timeout)
+    # torchrun's store outlives a restart of its workers: without a name of
+    # their own they would connect to the addresses of the dead. On several
+    # nodes the counts may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # gives each start a new store.
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        store = dist.PrefixStore(f'attempt_{attempt}', store)
+    dist.init_process_group(
+        'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
+        store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def leave():

@@ -10,6 +10,7 @@
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -80,6 +81,10 @@ class Run:
                     'run_id': self.folder.name, **record})
 
     def append(self, kind: str, **values):
+        # JSON has no NaN and no infinity
+        values = {name: None if isinstance(value, float)
+                  and not math.isfinite(value) else value
+                  for name, value in values.items()}
         line = json.dumps({'kind': kind, **values})
         self._metrics.write(line.encode() + b'\n')
         self._metrics.flush()

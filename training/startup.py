@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from training.checkpoint import (
     CheckpointError,
     find_checkpoints,
     load_checkpoint,
+    note_val_loss,
     on_main,
     save_checkpoint,
     verify_checkpoint,
@@ -73,6 +75,7 @@ class Job:
     best_val_loss: float   # so far, inf before the first evaluation
     record: dict           # run.json
     records: list[dict]    # metrics of a resumed run so far
+    saved_step: int | None  # of the checkpoint that holds the model as it is
 
     def __post_init__(self):
         self.evaluated_steps = {r['step'] for r in self.records
@@ -82,9 +85,16 @@ class Job:
         return step in self.evaluated_steps
 
     def save(self, step: int, val_loss: float | None = None):
+        if step == self.saved_step:
+            # written again, it would be away for a moment
+            if val_loss is not None:
+                on_main(self.ranks, note_val_loss, self.run.folder
+                        / 'checkpoints' / f'step_{step:08d}', val_loss)
+            return
         save_checkpoint(self.run.folder, self.strategy, step=step,
                         val_loss=val_loss,
                         keep=self.options['keep_checkpoints'])
+        self.saved_step = step
 
     def __enter__(self):
         return self
@@ -173,8 +183,10 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
         accumulation=plan['accumulation'],
         tokens_per_iter=plan['tokens_per_iter'], start_step=start_step,
         best_val_loss=min((r['val_loss'] for r in records
-                           if r['kind'] == 'eval'), default=math.inf),
-        record=record, records=records)
+                           if r['kind'] == 'eval'
+                           and r['val_loss'] is not None), default=math.inf),
+        record=record, records=records,
+        saved_step=start_step if resumed else None)
 
 
 def check_equal_on_ranks(record: dict):
@@ -244,16 +256,20 @@ def choose_checkpoint(options, resumed, ranks) -> Path | None:
     if not resumed and options['init_from'] in ('scratch', 'auto'):
         return None
     source = resumed or all_or_none(_run_or_checkpoint, options['init_from'])
-    found = all_or_none(find_checkpoints, source)
+    # as rank 0 sees them: a shared file system may be behind on another node
+    found = on_main(ranks, find_checkpoints, source)
+    found = [Path(p) for p in broadcast_text(
+        '\n'.join(map(str, found or []))).splitlines()]
     if options['init_from'] != 'auto':
         return found[0]
     for checkpoint in found:
         try:
             verify_checkpoint(checkpoint, ranks)
             return checkpoint
-        # OtherRankFailed is a rank's word that it found the damage
-        except (CheckpointError, OtherRankFailed) as error:
-            print(f'{error}; trying the one before')
+        except CheckpointError as error:
+            print(f'warning: {error}. Trying the one before', file=sys.stderr)
+        except OtherRankFailed:
+            pass  # the rank that found the damage says so
     raise CheckpointError(f'{source}: no checkpoint is whole; start anew with '
                           '--init_from=scratch')
 
@@ -286,5 +302,9 @@ def open_run(resumed, start_step, parsed, record, ranks):
     folder = broadcast_text(str(run.folder) if run else '')
     if not ranks.is_main:
         run = SilentRun(folder)
-        records = read_metrics(folder)[0] if resumed else []
-    return run, records
+    # what the loop decides by must be the same on all ranks, and a shared
+    # file system may be behind on another node
+    trained = [r for r in records if r['kind'] == 'train'][-1:]
+    records = trained + [r for r in records
+                         if r['kind'] in ('eval', 'skipped')]
+    return run, json.loads(broadcast_text(json.dumps(records)))

@@ -110,13 +110,23 @@ class Replicated:
 
     def moment(self, piece: Piece, kind: str) -> torch.Tensor:
         """AdamW's state of a piece, made if there is none yet: 1-D fp32."""
-        state = self.optimizer.state[piece.owner]
-        if kind not in state:
-            state[kind] = torch.zeros_like(
-                piece.owner, memory_format=torch.preserve_format)
-        value = state[kind]
+        value = self._state(piece.owner)[kind]
         value = value.to_local() if isinstance(value, DTensor) else value
         return value.view(-1)
+
+    def _state(self, owner) -> dict:
+        """All of AdamW's state of a tensor, zeros if there is none yet.
+
+        AdamW itself makes all of it or nothing, and wants it for a tensor
+        without elements too: FSDP's share of a parameter of few rows.
+        """
+        state = self.optimizer.state[owner]
+        if not state:
+            state['step'] = torch.zeros((), device=owner.device)
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(
+                    owner, memory_format=torch.preserve_format)
+        return state
 
     @property
     def optimizer_bytes(self) -> int:
@@ -126,15 +136,14 @@ class Replicated:
     @property
     def optimizer_steps(self) -> int:
         for state in self.optimizer.state.values():
-            return int(state.get('step', 0))
+            return int(state['step'])
         return 0
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int):
         for group in self.optimizer.param_groups:
             for p in group['params']:
-                self.optimizer.state[p]['step'] = torch.tensor(
-                    float(steps), device=p.device)
+                self._state(p)['step'].fill_(steps)
 
 
 class Zero1(Replicated):
@@ -185,8 +194,10 @@ class Zero1(Replicated):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # views of the model's
         low = self.ranks.rank * self.part
-        dist.all_gather_into_tensor(
-            self.flat, self.flat[low:low + self.part].clone())
+        # torch 2.13 has a new name for it and warns of the old one
+        all_gather = getattr(dist, 'all_gather_single', None) or (
+            dist.all_gather_into_tensor)
+        all_gather(self.flat, self.flat[low:low + self.part].clone())
 
     def pieces(self):
         return self._pieces
