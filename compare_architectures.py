@@ -8,6 +8,7 @@ Runs are out_dirs of train.py (their newest run) or run folders.
 import argparse
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,16 @@ from training.run_log import (
     read_record,
     resolve_run,
 )
+
+
+# what is read of a run's record
+NEEDED = {
+    '': ('arch_preset', 'architecture', 'parameters', 'dataset'),
+    'parameters': ('total',),
+    'dataset': ('folder', 'fingerprint', 'eval_text_sha256', 'eval_tokens',
+                'eval_bytes_wanted'),
+}
+PLOT_FORMATS = ('.png', '.svg', '.pdf')
 
 
 @dataclass
@@ -55,13 +66,20 @@ class RunSummary:
 
 def summarize(folder: Path) -> RunSummary:
     record = read_record(folder)
+    absent = [f'{part}.{key}'.removeprefix('.')
+              for part, keys in NEEDED.items() for key in keys
+              if key not in (record.get(part, {}) if part else record)]
+    if absent:
+        raise RunError(f'{folder / "run.json"} lacks {", ".join(absent)}: it '
+                       'was written by another version; leave this run out')
     records, damaged = read_metrics(folder)
     ends = [r['status'] for r in records if r['kind'] == 'end']
     status = ends[-1] if ends else (
         'running' if is_running(folder) else 'incomplete')
     return RunSummary(
         folder=folder, record=record,
-        evals=[r for r in records if r['kind'] == 'eval'],
+        evals=[r for r in records if r['kind'] == 'eval'
+               and r['val_loss'] is not None],  # None: it was not finite
         trains=[r for r in records if r['kind'] == 'train'],
         status=status, damaged_lines=damaged)
 
@@ -100,7 +118,7 @@ def rank(runs: list[RunSummary]) -> tuple[list[RunSummary], str, list[str]]:
 
 def columns(runs: list[RunSummary]) -> tuple:
     speed = 'MFU' if any(run.median('mfu') for run in runs) else 'TFLOP/s'
-    return ('architecture', 'params', 'depth', 'tokens', 'bits/byte', 'loss',
+    return ('preset', 'params', 'depth', 'tokens', 'bits/byte', 'loss',
             'tok/s', speed, 'GB', 'run')
 
 
@@ -110,13 +128,13 @@ def row(run: RunSummary, label: str) -> tuple:
     if run.status != 'finished':
         label += f' ({run.status})'
     if run.damaged_lines:
-        label += f' ({run.damaged_lines} damaged lines)'
+        label += f' ({run.damaged_lines} damaged)'
     return (
         record['arch_preset'], short(record['parameters']['total']),
         str(record['architecture']['n_layer']), short(last.get('tokens')),
         number(last.get('val_bpb'), '.4f'), number(last.get('val_loss'), '.4f'),
         short(run.median('tokens_per_s')),
-        f'{mfu:.1%}' if mfu else number(run.median('tflops'), '.3g'),
+        f'{mfu:.1%}' if mfu else number(run.median('tflops'), '.2f'),
         number(run.peak_memory_gb, '.1f'), label)
 
 
@@ -160,6 +178,7 @@ def baseline(runs: list[RunSummary]) -> tuple[float, float | None] | None:
     """The bigram baseline of the dataset that all runs share, if it is here."""
     data = runs[0].record['dataset']
     if len({run.record['dataset']['fingerprint'] for run in runs}) > 1:
+        print('no bigram baseline: the runs have different datasets')
         return None
     try:
         dataset = open_dataset(data['folder'])
@@ -221,10 +240,33 @@ def parse_arguments(argv):
     return arguments
 
 
+def check_plot(path: Path):
+    """Before any work: a name that a picture can be written to."""
+    if path.suffix not in PLOT_FORMATS:
+        raise RunError(f'--plot {path}: name a file that ends in one of '
+                       f'{", ".join(PLOT_FORMATS)}')
+    if not path.absolute().parent.is_dir():
+        raise RunError(f'--plot {path}: {path.parent} is not a folder')
+
+
+def resolve_all(paths: list[str]) -> list[Path]:
+    """Their run folders, or one error that names all that are none."""
+    folders, problems = [], []
+    for path in paths:
+        try:
+            folders.append(resolve_run(path))
+        except RunError as error:
+            problems.append(str(error))
+    if problems:
+        raise RunError('\n  '.join(problems))
+    return folders
+
+
 def main(argv=None) -> int:
     arguments = parse_arguments(argv)
     try:
-        folders = [resolve_run(path) for path in arguments.runs]
+        check_plot(Path(arguments.plot))
+        folders = resolve_all(arguments.runs)
         if arguments.latest:
             found = find_runs()[:arguments.latest]
             if not found:
@@ -254,7 +296,8 @@ def main(argv=None) -> int:
     if reasons:
         print('\nnot ranked:')
         for reason in reasons:
-            print(f'  {reason}')
+            print(textwrap.fill(reason, 80, initial_indent='  ',
+                                subsequent_indent='  '))
     elif len(ranked) > 1:
         best = ranked[0]
         print(f'\nbest by {label} at {short(best.last_eval["tokens"])} tokens: '

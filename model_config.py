@@ -39,6 +39,15 @@ ROPE_SCALING_KEYS = (
 SWIGLU_MULTIPLE = 256
 
 
+class ArchitectureError(ValueError):
+    """All problems with an architecture, in one error and in `problems`."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__(f'{len(problems)} problem(s) with the architecture:\n'
+                         + '\n'.join(f'  {p}' for p in problems))
+
+
 @dataclass(frozen=True)
 class ModelArchitectureConfig:
     """The architecture of a decoder-only transformer, checked when built.
@@ -47,7 +56,7 @@ class ModelArchitectureConfig:
     value (`n_head`, `n_embd / n_head`, 4 x or 8/3 x `n_embd`); the built
     configuration always holds the number.
 
-    Raises ValueError that lists every problem at once.
+    Raises ArchitectureError that lists every problem at once.
     """
 
     # dimensions
@@ -80,9 +89,7 @@ class ModelArchitectureConfig:
     def __post_init__(self):
         problems = self._problems()
         if problems:
-            raise ValueError(
-                f'{len(problems)} problem(s) with the architecture:\n'
-                + '\n'.join(f'  {p}' for p in problems))
+            raise ArchitectureError(problems)
         # the object is frozen: derived values are filled in once, here
         if self.rope_scaling is not None:
             object.__setattr__(self, 'rope_scaling', dict(self.rope_scaling))
@@ -387,7 +394,8 @@ def options_without_effect(config: ModelArchitectureConfig,
         for name in sorted({'rope_theta', 'rope_scaling'} & given):
             if getattr(config, name) is not None:
                 problems.append(
-                    f'{name} has no effect with position_encoding='
+                    f'{name}={getattr(config, name)} has no effect with '
+                    'position_encoding='
                     f"{config.position_encoding!r}; set position_encoding="
                     "'rope' or leave it out")
     return problems

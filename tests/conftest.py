@@ -221,23 +221,8 @@ def qwen3_folder(qwen3_build):
     return qwen3_build[1]
 
 
-# faults that are known and not yet mended; strict: a mended one must go here
-KNOWN_FAULTS = (
-    'test_errors[plot]',
-    'test_errors[no such format]',
-    'test_a_record_that_is_not_understood[no dataset]',
-    'test_a_record_that_is_not_understood[no hash of the text]',
-    'test_refused[several wrong values]',
-    'test_refused[weights of another architecture]',
-    'test_refused[option without effect]',
-    'test_refused[wsd option without wsd]', 'test_errors[missing runs]',
-    'test_width')
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.name in KNOWN_FAULTS:
-            item.add_marker(pytest.mark.xfail(strict=True))
         if item.path.name in ('test_distributed.py', 'test_faults.py'):
             item.add_marker(pytest.mark.slow)
 

@@ -281,7 +281,7 @@ def load_weights(checkpoint: Path, model) -> dict:
     """The weights of a checkpoint into a model of one process; state.json."""
     state = verify_checkpoint(checkpoint)
     tensors = Tensors(checkpoint, state, 'model')
-    _compare(checkpoint, model, tensors)
+    _compare(checkpoint, model, tensors, state)
     for name, p in model.named_parameters():
         tensors.read(name, 0, p.view(-1))
     return state
@@ -294,7 +294,7 @@ def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True) -> dict:
 
     def load():
         weights = Tensors(checkpoint, state, 'model')
-        _compare(checkpoint, strategy.model, weights)
+        _compare(checkpoint, strategy.model, weights, state)
         for piece in strategy.weights():
             weights.read(piece.name, piece.start, piece.weight)
         if not with_optimizer:
@@ -311,7 +311,7 @@ def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True) -> dict:
     return state
 
 
-def _compare(checkpoint, model, tensors: Tensors):
+def _compare(checkpoint, model, tensors: Tensors, state: dict):
     here = {n: tuple(p.shape) for n, p in model.named_parameters()}
     sizes = tensors.sizes()
     problems = []
@@ -324,11 +324,16 @@ def _compare(checkpoint, model, tensors: Tensors):
                             f'{stored or sizes.get(name, "absent")} in the '
                             'checkpoint')
     if problems:
-        more = len(problems) - 8
-        shown = problems[:8] + ([f'and {more} more'] if more > 0 else [])
+        built = model.config.to_dict()
+        fields = [f'{name}: {value} in the checkpoint, {built.get(name)} here'
+                  for name, value in state['architecture'].items()
+                  if built.get(name) != value]
+        more = len(problems) - 4
+        shown = fields + problems[:4] + (
+            [f'and {more} more weights'] if more > 0 else [])
         raise CheckpointError(
-            f'{checkpoint} is of another architecture:\n'
-            + '\n'.join(f'  {p}' for p in shown))
+            f'{checkpoint} is of another architecture; give the options that '
+            'it was trained with:\n' + '\n'.join(f'  {p}' for p in shown))
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 
 from model_components import attention_in_use
 from model_config import (
+    ArchitectureError,
     ModelArchitectureConfig,
     get_preset_config,
     options_without_effect,
@@ -35,7 +36,8 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
         try:
             return function(*arguments)
         except ValueError as error:
-            problems.append(str(error))
+            problems.extend(getattr(error, 'problems', [str(error)]))
+        return None
 
     config = attempt(build_architecture, options, dataset)
     device = attempt(resolve_device, options['device'], ranks.local_rank)
@@ -55,8 +57,8 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
         batch = attempt(resolve_batch, options, config, ranks)
         if batch is not None:
             plan |= batch
-            plan['schedule'] = attempt(resolve_schedule, options,
-                                       plan['max_iters'])
+    plan['schedule'] = attempt(resolve_schedule, options, plan.get(
+        'max_iters', options['max_iters']))
     if problems:
         raise ConfigError(problems)
     plan['dtype'] = computing_dtype(device, options['dtype'])
@@ -72,19 +74,29 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
 
 def build_architecture(options: dict, dataset: Dataset):
     """The configuration that preset, options and dataset ask for."""
+    preset = options['arch_preset']
     given = {name: options[name] for name in ARCHITECTURE_OPTIONS
              if options[name] is not None}
-    overrides = {'vocab_size': dataset.vocab_size} | given
-    config = get_preset_config(options['arch_preset'], **overrides)
-    problems = options_without_effect(config, set(given))
+    problems = []
+    try:
+        config = get_preset_config(
+            preset, **{'vocab_size': dataset.vocab_size} | given)
+    except ArchitectureError as error:
+        # whether positions are used can be told all the same
+        problems = error.problems
+        config = get_preset_config(preset, **{
+            name: given[name] for name in given
+            if name in ('position_encoding', 'rope_theta')})
+    problems = problems + options_without_effect(config, set(given))
     n_ids = largest_id(dataset) + 1
-    if config.vocab_size < n_ids:
+    rows = given.get('vocab_size', dataset.vocab_size)
+    if rows < n_ids:
         problems.append(
-            f'vocab_size={config.vocab_size} has no row for id {n_ids - 1} '
+            f'vocab_size={rows} has no row for id {n_ids - 1} '
             f'of {dataset.name}: leave vocab_size out '
-            f'({dataset.vocab_size} then) or set at least that')
+            f'({dataset.vocab_size} then) or set at least {n_ids}')
     if problems:
-        raise ValueError('\n  '.join(problems))
+        raise ArchitectureError(problems)
     return config
 
 
@@ -139,8 +151,10 @@ def resolve_schedule(options: dict, max_iters: int) -> dict:
                         f'lr_decay_iters={decay_iters}')
     if options['wsd_decay_iters'] is not None and (
             options['lr_schedule'] != 'wsd'):
-        problems.append("wsd_decay_iters has no effect with lr_schedule="
-                        f"{options['lr_schedule']!r}")
+        problems.append(
+            f'wsd_decay_iters={options["wsd_decay_iters"]} has no effect with '
+            f"lr_schedule={options['lr_schedule']!r}: leave it out, or set "
+            "lr_schedule='wsd'")
     if problems:
-        raise ValueError('\n  '.join(problems))
+        raise ConfigError(problems)
     return schedule
