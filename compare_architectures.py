@@ -24,7 +24,6 @@ from training.run_log import (
     resolve_run,
 )
 
-
 # what is read of a run's record
 NEEDED = {
     '': ('arch_preset', 'architecture', 'parameters', 'dataset'),
@@ -291,8 +290,8 @@ def main(argv=None) -> int:
     base = baseline(runs)
     if base is not None:
         bits = '' if base[1] is None else f'{base[1]:.4f} bits per byte, '
-        print(f'\nbaseline: an interpolated bigram model of the training '
-              f'split has {bits}loss {base[0]:.4f}')
+        print('\nbaseline: interpolated bigrams of the training split, '
+              f'{bits}loss {base[0]:.4f}')
     if reasons:
         print('\nnot ranked:')
         for reason in reasons:

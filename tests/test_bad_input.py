@@ -11,7 +11,6 @@ import torch
 from conftest import write_dataset
 from running import (
     TINY,
-    finish,
     newest,
     read_json,
     read_lines,

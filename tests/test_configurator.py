@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from training import configurator
-from training.configurator import (ConfigError, configure, convert,
-                                   convert_text, exit_with, parse, read_schema)
+from training.configurator import (
+    ConfigError,
+    configure,
+    convert,
+    convert_text,
+    exit_with,
+    parse,
+    read_schema,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -446,7 +446,8 @@ def test_checkpointed_blocks_compute_the_same():
     for checkpointed in (False, True):
         model = perturbed(dropout=0.2)
         runs = []
-        model.h[0].ffn.register_forward_pre_hook(lambda *_: runs.append(1))
+        model.h[0].ffn.register_forward_pre_hook(
+            lambda *_, runs=runs: runs.append(1))
         if checkpointed:
             model.checkpoint_blocks()
         torch.manual_seed(4)
