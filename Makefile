@@ -48,7 +48,7 @@ quickstart: $(READY) data/python_stdlib/meta.json
 	@echo "== comparison"
 	$(RUN) compare_architectures.py --latest 4 --plot comparison.png
 	@echo "== samples from the best"
-	$(RUN) sample.py --prompt="def " \
+	$(RUN) sample.py --prompt="def " --stop_at_eot=False \
 	  --out_dir=$$($(RUN) compare_architectures.py --latest 4 --print_best)
 
 test: $(READY)

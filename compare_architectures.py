@@ -124,10 +124,11 @@ def columns(runs: list[RunSummary]) -> tuple:
 def row(run: RunSummary, label: str) -> tuple:
     record, last = run.record, run.last_eval or {}
     mfu = run.median('mfu')
-    if run.status != 'finished':
-        label += f' ({run.status})'
+    notes = [] if run.status == 'finished' else [run.status]
     if run.damaged_lines:
-        label += f' ({run.damaged_lines} damaged)'
+        notes.append(f'{run.damaged_lines} damaged')
+    if notes:
+        label += f' ({", ".join(notes)})'
     return (
         record['arch_preset'], short(record['parameters']['total']),
         str(record['architecture']['n_layer']), short(last.get('tokens')),

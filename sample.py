@@ -32,6 +32,7 @@ out_dir: str = 'out'  # an out_dir (its newest run), a run or a checkpoint
 prompt: str = ''  # what to continue; empty: the start of a document
 num_samples: Positive = 3
 max_new_tokens: Positive = 400
+stop_at_eot: bool = True  # end a sample at an end-of-text token
 temperature: NonNegativeFloat = 0.8  # 0: always the likeliest token
 top_k: Positive | None = 200  # draw among the k likeliest tokens
 top_p: Share | None = None  # draw among the fewest with this probability
@@ -58,7 +59,7 @@ def main():
         with autocast(target, dtype):
             out = model.generate(
                 idx, max_new_tokens, temperature, top_k, top_p,
-                n_ids=tokenizer.get_vocab_size(), eos_id=eot_id,
+                n_ids=tokenizer.get_vocab_size(), eos_id=eot_id if stop_at_eot else None,
                 generator=generator)
         print(f'--- sample {number + 1} of {num_samples}')
         print(tokenizer.decode(out[0, 1:].tolist()), flush=True)
