@@ -199,7 +199,7 @@ def test_a_worker_that_dies_is_named(
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_tokenizer, tmp_path):
-    texts = [text * 40 for text in make_texts(700)]
+    texts = [text * 400 for text in make_texts(700)]
     corpus = write_lines(tmp_path / "in.jsonl", texts)
     run = start_script(
         "custom", f"--input={corpus}", f"--tokenizer={tiny_tokenizer}",
