@@ -74,7 +74,8 @@ class Progress:
                            'mfu_causal': rate * causal / 1e12 / peak}
         self.record('train', **values)
         self.say(train_line(values, job.max_iters))
-        if values['tokens_per_s'] and not self._told_duration:
+        if (values['tokens_per_s'] and not self._told_duration
+                and step < job.max_iters):
             left = (job.max_iters - step) * step_s
             self.say(f'about {duration(left)} of training left at '
                      f'{values["tokens_per_s"]:,.0f} tokens/s')
