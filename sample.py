@@ -59,8 +59,8 @@ def main():
         with autocast(target, dtype):
             out = model.generate(
                 idx, max_new_tokens, temperature, top_k, top_p,
-                n_ids=tokenizer.get_vocab_size(), eos_id=eot_id if stop_at_eot else None,
-                generator=generator)
+                n_ids=tokenizer.get_vocab_size(),
+                eos_id=eot_id if stop_at_eot else None, generator=generator)
         print(f'--- sample {number + 1} of {num_samples}')
         print(tokenizer.decode(out[0, 1:].tolist()), flush=True)
 
