@@ -31,6 +31,7 @@ from training.dataset import DatasetError
 from training.device import DTYPES, autocast
 from training.distributed import (
     OtherRankFailed,
+    leave,
     sum_over_ranks,
     values_of_ranks,
 )
@@ -127,8 +128,10 @@ def main():
     try:
         job = start(globals(), __file__, sys.argv[1:])
     except OtherRankFailed:
+        leave()
         sys.exit(2)
     except ValueError as error:
+        leave()
         exit_with(error)
     try:
         with job:

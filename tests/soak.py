@@ -94,6 +94,10 @@ def soak(kills: int, seed: int, strategy: dict, folder: Path, say=print):
     """Raises AssertionError unless the disturbed run equals the other."""
     chance = random.Random(seed)
     options = OPTIONS | strategy | {'max_iters': STEPS_PER_KILL * kills}
+    options['dataset'] = folder / 'python_stdlib'
+    subprocess.run(
+        [sys.executable, str(ROOT / 'data' / 'python_stdlib' / 'prepare.py'),
+         f'--out={options["dataset"]}'], check=True, capture_output=True)
     undisturbed = launch(folder / 'undisturbed', options)
     out = finish(undisturbed)
     assert undisturbed.returncode == 0, out
