@@ -13,6 +13,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model_config import ModelArchitectureConfig
@@ -294,63 +295,85 @@ FEED_FORWARDS = {
 
 # --- head and loss ---------------------------------------------------------
 
-LOSS_CHUNK_ROWS = 2048
+# Rows of logits that exist at a time. On a GPU fewer would read and write the
+# head's gradient too often; on a CPU more would only take memory.
+LOSS_CHUNK_ROWS = {'cuda': 2048, 'cpu': 512}
+
+
+def softmax_chunk(logits, targets, with_gradient):
+    """log p of each row's target; the logits (n, V) become the softmax.
+
+    targets (n,) int64, -1 for rows that count nothing: 0 stands in all their
+    results. Computed in fp32, returned as (n, 1) fp32; the softmax, for the
+    gradient, takes the place of the logits in their dtype.
+    """
+    x = logits.float()  # logits themselves if they are fp32
+    ignored = (targets < 0)[:, None]
+    lse = x.logsumexp(dim=-1, keepdim=True)
+    log_p = x.gather(1, targets.clamp(min=0)[:, None]) - lse
+    if with_gradient:
+        logits.copy_(x.sub_(lse).exp_().masked_fill_(ignored, 0.0))
+    return log_p.masked_fill_(ignored, 0.0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of x @ weight.T, `LOSS_CHUNK_ROWS` rows at a time.
+    """Cross-entropy of x @ weight.T, some rows at a time.
 
     The gradients are computed along with the loss, so that no chunk's logits
     outlive it. Returns the sum over rows; rows with target -1 count nothing.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, softmax):
         # x (N, C) and w (V, C) in the compute dtype; the loss is fp32
         w = weight.to(x.dtype)
         needs_x, needs_w = ctx.needs_input_grad[:2]
+        N, size = x.shape[0], LOSS_CHUNK_ROWS.get(x.device.type, 2048)
+        # one buffer for all chunks: new memory costs a CPU as much as a pass
+        buffer = x.new_empty(min(size, N), w.shape[0])
         dx = torch.empty_like(x) if needs_x else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        dw = torch.empty_like(weight, dtype=torch.float32) if needs_w else None
         loss = x.new_zeros((), dtype=torch.float32)
-        for rows in range(0, x.shape[0], LOSS_CHUNK_ROWS):
-            chunk = slice(rows, rows + LOSS_CHUNK_ROWS)
-            target = targets[chunk]                          # (n,)
-            valid = target >= 0
-            index = target.clamp(min=0)[:, None]
-            logits = (x[chunk] @ w.t()).float()              # (n, V)
-            lse = logits.logsumexp(dim=-1)
-            nll = lse - logits.gather(1, index)[:, 0]
-            loss += torch.where(valid, nll, 0.0).sum()
-            if not (needs_x or needs_w):
-                continue
-            # d nll / d logits = softmax - onehot; ignored rows give zeros
-            grad = torch.exp(logits.sub_(lse[:, None]))
-            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-            grad = grad.mul_(valid[:, None]).to(x.dtype)
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            logits = buffer[:min(size, N - start)]           # (n, V)
+            torch.mm(x[rows], w.t(), out=logits)
+            target = targets[rows]
+            log_p = softmax(logits, target, needs_x or needs_w)
+            loss -= log_p.sum()
+            # the gradient is softmax - onehot; p - 1 is taken in fp32, since
+            # near p = 1 bf16 would leave nothing of it. Ignored rows: 0 - 0
+            grad = logits.scatter_(1, target.clamp(min=0)[:, None],
+                                   log_p.expm1().to(logits.dtype))
             if needs_x:
-                torch.mm(grad, w, out=dx[chunk])
-            if needs_w:
-                dw += grad.t() @ x[chunk]
+                torch.mm(grad, w, out=dx[rows])
+            if needs_w and x.dtype == torch.float32:
+                dw.addmm_(grad.t(), x[rows], beta=float(start > 0))
+            elif needs_w:
+                product = grad.t() @ x[rows]
+                dw.add_(product) if start else dw.copy_(product)
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         dx, dw = ctx.saved_tensors
+        # in place: the gradient of the head is large. So backward works once
         if dx is not None:
-            dx = dx * grad_loss.to(dx.dtype)
+            dx.mul_(grad_loss.to(dx.dtype))
         if dw is not None:
-            dw = dw * grad_loss
-        return dx, dw, None
+            dw.mul_(grad_loss)
+        return dx, dw, None, None
 
 
-def linear_cross_entropy(x, weight, targets):
+def linear_cross_entropy(x, weight, targets, softmax=softmax_chunk):
     """Sum of -log softmax(x @ weight.T)[target] without holding the logits.
 
     x (N, C) fp32 or bf16, weight (V, C), targets (N,) int64 with -1 for rows
     that count nothing -> fp32 scalar. Under autocast the products run in the
     autocast dtype; the softmax and the sum over chunks of the weight's
-    gradient are fp32.
+    gradient are fp32. `softmax` is `softmax_chunk`, compiled or not.
     """
     device_type = x.device.type
     if not torch.is_grad_enabled():
@@ -358,4 +381,4 @@ def linear_cross_entropy(x, weight, targets):
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets)
+        return _LinearCrossEntropy.apply(x, weight, targets, softmax)

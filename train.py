@@ -203,18 +203,13 @@ def train(job, stop) -> int:
 
 
 def prepare_model(job):
-    """What to call for a forward pass: activation checkpointing within
-    torch.compile within DDP (see SYSTEM_OVERVIEW.md)."""
+    """What to call for a forward pass, in this order: blocks that keep no
+    activations, compiled, sharded by FSDP or wrapped by DDP."""
     if activation_checkpointing == 'full':
         job.model.checkpoint_blocks()
-    if not compile:
-        return job.model
-    if use_fsdp and job.ranks.world_size > 1:
-        # FSDP's hooks around each block stay outside of the graphs
-        for block in job.model.h:
-            block.compile(dynamic=False)
-        return job.model
-    return torch.compile(job.model, dynamic=False)
+    if compile:
+        job.model.compile_parts()
+    return job.model
 
 
 def evaluation_due(job, step) -> bool:

@@ -16,7 +16,7 @@ N, C, V = 37, 24, 101   # N is no multiple of CHUNK
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(model_components, 'LOSS_CHUNK_ROWS', CHUNK)
+    monkeypatch.setitem(model_components.LOSS_CHUNK_ROWS, 'cpu', CHUNK)
 
 
 def draw_case(n=N, ignored='some', seed=0):

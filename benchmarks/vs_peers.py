@@ -1,0 +1,348 @@
+"""A training step of this project against its peers', on the same shapes.
+
+Forward, backward, clipping and fused AdamW, in turn A B A B in one process;
+medians and ratios. The peers: `Qwen3ForCausalLM` of transformers, and nanoGPT's
+design written out below. The floor is the step's matrix products alone. Memory
+is what a step adds to weights, gradients and optimizer state, each in a
+process of its own.
+
+    python benchmarks/vs_peers.py
+    python benchmarks/vs_peers.py --shape small --dtype float32 --rounds 5
+"""
+
+import argparse
+import dataclasses
+import gc
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import transformers
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model_builder import ConfigurableGPT  # noqa: E402
+from model_config import get_preset_config  # noqa: E402
+from training.device import (  # noqa: E402
+    autocast,
+    device_name,
+    resolve_device,
+    synchronize,
+)
+from training.flops import matmul_weights  # noqa: E402
+from training.optimizer import build_optimizer  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and a batch; head_dim is 64 in all of them."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    d_ff: int
+    vocab_size: int
+    batch_size: int
+    block_size: int
+
+
+SHAPES = {
+    'big': Shape(4, 256, 4, 2, 768, 151936, 4, 512),
+    'small': Shape(6, 384, 6, 2, 1152, 4096, 8, 256),
+    # for the tests: seconds, not minutes
+    'tiny': Shape(2, 64, 1, 1, 128, 512, 2, 32),
+}
+
+# --- the contenders: each takes (x, y) and returns the mean loss -----------
+
+
+class Ours(nn.Module):
+    """A preset of this project."""
+
+    def __init__(self, shape, preset, **overrides):
+        super().__init__()
+        self.model = ConfigurableGPT(get_preset_config(
+            preset, n_layer=shape.n_layer, n_embd=shape.n_embd,
+            n_head=shape.n_head, d_ff=shape.d_ff,
+            vocab_size=shape.vocab_size, block_size=shape.block_size,
+            **overrides))
+
+    def forward(self, x, y):
+        return self.model(x, y, return_logits=False)[1]
+
+
+class Transformers(nn.Module):
+    """Qwen3ForCausalLM with SDPA and its own plain loss."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+            num_hidden_layers=shape.n_layer, hidden_size=shape.n_embd,
+            num_attention_heads=shape.n_head, head_dim=64,
+            num_key_value_heads=shape.n_kv_head,
+            intermediate_size=shape.d_ff, vocab_size=shape.vocab_size,
+            max_position_embeddings=shape.block_size, use_cache=False,
+            tie_word_embeddings=False, attn_implementation='sdpa'))
+
+    def forward(self, x, y):
+        # shift_labels are used as they are; labels would be shifted
+        return self.model(x, labels=y, shift_labels=y).loss
+
+
+class NanoGPTBlock(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        C = shape.n_embd
+        self.n_head = shape.n_head
+        self.ln_1 = nn.LayerNorm(C, bias=False)
+        self.c_attn = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.ln_2 = nn.LayerNorm(C, bias=False)
+        self.c_fc = nn.Linear(C, shape.d_ff, bias=False)
+        self.mlp_proj = nn.Linear(shape.d_ff, C, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = [t.view(B, T, self.n_head, -1).transpose(1, 2)
+                 for t in self.c_attn(self.ln_1(x)).split(C, dim=2)]
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's design: learned positions, LayerNorm, fused q, k and v, SDPA,
+    GELU, a tied head, all logits, F.cross_entropy. Without biases."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
+        self.h = nn.ModuleList(
+            NanoGPTBlock(shape) for _ in range(shape.n_layer))
+        self.ln_f = nn.LayerNorm(shape.n_embd, bias=False)
+        self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, x, y):
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = self.wte(x) + self.wpe(positions)
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1),
+                               ignore_index=-1)
+
+
+CONTENDERS = {
+    'qwen3': lambda s: Ours(s, 'qwen3', head_dim=64, weight_tying=False,
+                            num_key_value_heads=s.n_kv_head),
+    'transformers': Transformers,
+    'gpt2': lambda s: Ours(s, 'gpt2', bias=False),
+    'nanoGPT': NanoGPT,
+}
+PEERS = {'qwen3': 'transformers', 'gpt2': 'nanoGPT'}
+
+# --- a step ------------------------------------------------------------------
+
+
+def training_step(name, shape, dtype, device, compiled):
+    """(step, parameters); `step()` makes one update and returns the loss."""
+    torch.manual_seed(0)
+    model = CONTENDERS[name](shape).to(device)
+    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1,
+                                betas=(0.9, 0.95), eps=1e-8)
+    forward = model
+    if compiled and isinstance(model, Ours):
+        model.model.compile_parts()  # as train.py does
+    elif compiled:
+        forward = torch.compile(model, dynamic=False)
+    x, y = torch.randint(0, shape.vocab_size, (
+        2, shape.batch_size, shape.block_size), device=device)
+
+    def step():
+        with autocast(device, dtype):
+            loss = forward(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def matrix_products(shape, dtype, device):
+    """The three products of every linear layer of qwen3, nothing else."""
+    s = shape
+    layer = [(s.n_embd, (s.n_head + 2 * s.n_kv_head) * 64),
+             (s.n_head * 64, s.n_embd), (s.n_embd, 2 * s.d_ff),
+             (s.d_ff, s.n_embd)]
+    layers = layer * s.n_layer + [(s.n_embd, s.vocab_size)]
+    config = Ours(dataclasses.replace(s, vocab_size=64), 'qwen3', head_dim=64,
+                  num_key_value_heads=s.n_kv_head).model.config
+    expected = dataclasses.replace(config, vocab_size=s.vocab_size)
+    assert sum(a * b for a, b in layers) == matmul_weights(expected)
+    kind = getattr(torch, dtype)
+    N = s.batch_size * s.block_size
+    sizes = {size: (torch.randn(N, size[0], device=device, dtype=kind),
+                    torch.randn(size[::-1], device=device, dtype=kind))
+             for size in set(layers)}
+    outputs = {size: torch.randn(N, size[1], device=device, dtype=kind)
+               for size in set(layer)}
+    rows = min(N, 512)  # of the head: all logits would not fit a cache
+
+    def step():
+        for size in layers:
+            x, w = sizes[size]
+            if size in outputs:
+                g = outputs[size]
+                x @ w.t(), g @ w, g.t() @ x
+                continue
+            for i in range(0, N, rows):
+                g = x[i:i + rows] @ w.t()
+                g @ w, g.t() @ x[i:i + rows]
+
+    return step
+
+
+def timed(steps: dict, device, rounds: int) -> dict:
+    """{name: milliseconds of each round}, all steps in turn."""
+    times = {name: [] for name in steps}
+    for number in tqdm(range(rounds + 2), desc='rounds', leave=False,
+                       disable=None):
+        for name, step in steps.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            step()
+            synchronize(device)
+            if number >= 2:  # two rounds of warm-up, compilation included
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+# --- memory ------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process."""
+    text = Path('/proc/self/status').read_text()
+    return int(re.search(field + r':\s+(\d+) kB', text)[1]) * 1024
+
+
+def added_memory(step, n_parameters, device) -> int:
+    """Bytes that a step adds to weights, gradients and optimizer state."""
+    for _ in range(2):
+        step()
+    gc.collect()
+    gradients = 4 * n_parameters  # they are dropped between steps
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+        before = resident('VmRSS')
+        step()
+        peak = resident('VmHWM')
+    return peak - before - gradients
+
+
+def memory_of(name, options) -> float:
+    """GB that a step of a contender adds, measured in a process of its own."""
+    command = [sys.executable, __file__, '--memory_of', name,
+               '--shape', options['shape'], '--dtype', options['dtype'],
+               '--device', options['device']]
+    if not options['compile']:
+        command.append('--eager')
+    output = subprocess.run(command, check=True, capture_output=True,
+                            text=True).stdout
+    return int(output) / 1e9
+
+
+# --- the table ---------------------------------------------------------------
+
+
+def report(shape_name, dtype, device, rounds, compiled):
+    """Measure one shape in one dtype and print its rows."""
+    shape = SHAPES[shape_name]
+    names = list(CONTENDERS)
+    if shape_name == 'big':  # nanoGPT's comparison is the small one
+        names = ['qwen3', 'transformers']
+    steps, n_parameters = {}, {}
+    for name in names:
+        steps[name], n_parameters[name] = training_step(
+            name, shape, dtype, device, compiled)
+    steps['products'] = matrix_products(shape, dtype, device)
+    times = timed(steps, device, rounds)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    options = dict(shape=shape_name, dtype=dtype, device=str(device),
+                   compile=compiled)
+    memory = {name: memory_of(name, options) for name in names}
+    for name in names:
+        peer = PEERS.get(name)
+        speed = mem = ''
+        if peer:
+            # of each round, so that what slows the machine slows both
+            ratio = statistics.median(
+                b / a for a, b in zip(times[name], times[peer], strict=True))
+            speed = f'{ratio:.2f}'
+            mem = f'{memory[name] / memory[peer]:.2f}'
+        print(f'| {shape_name} | {dtype} | {name} | '
+              f'{n_parameters[name] / 1e6:.1f} | {median[name]:.0f} | '
+              f'{speed} | {median[name] / median["products"]:.2f} | '
+              f'{memory[name]:.3f} | {mem} |', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shape', choices=SHAPES, action='append',
+                        help='default: big and small')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
+                        action='append', help='default: both')
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--eager', action='store_true',
+                        help='without torch.compile')
+    parser.add_argument('--memory_of', choices=CONTENDERS,
+                        help='only print the bytes that a step of this one '
+                        'adds')
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    shapes = args.shape or ['big', 'small']
+    dtypes = args.dtype or ['float32', 'bfloat16']
+    if args.memory_of:
+        step, n = training_step(args.memory_of, SHAPES[shapes[0]], dtypes[0],
+                                device, not args.eager)
+        print(added_memory(step, n, device))
+        return
+    print(f'{platform.machine()}, {device_name(device)}, Python '
+          f'{platform.python_version()}, torch {torch.__version__}, '
+          f'transformers {transformers.__version__}; '
+          f'{"eager" if args.eager else "compiled"}, {args.rounds} rounds\n')
+    print('| shape | dtype | model | M parameters | ms | times as fast as its '
+          'peer | over its products | GB added | of its peer\'s |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    for shape in shapes:
+        for dtype in dtypes:
+            report(shape, dtype, device, args.rounds, not args.eager)
+
+
+if __name__ == '__main__':
+    main()
