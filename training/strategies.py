@@ -92,7 +92,11 @@ class Replicated:
         for group in self.optimizer.param_groups:
             group['lr'] = lr
 
-    def step(self):
+    def step(self, skip: torch.Tensor | None = None):
+        """Update the weights; where `skip`, a bool on the device, is true,
+        weights and state stay as they are. The host need not know of it."""
+        # what torch's GradScaler sets, and the fused kernel looks at
+        self.optimizer.found_inf = None if skip is None else skip.float()
         self.optimizer.step()
 
     def drop_gradients(self):
@@ -110,16 +114,10 @@ class Replicated:
 
     def moment(self, piece: Piece, kind: str) -> torch.Tensor:
         """AdamW's state of a piece, made if there is none yet: 1-D fp32."""
-        value = self._state(piece.owner)[kind]
-        value = value.to_local() if isinstance(value, DTensor) else value
-        return value.view(-1)
+        return self._state(piece.owner)[kind].view(-1)
 
     def _state(self, owner) -> dict:
-        """All of AdamW's state of a tensor, zeros if there is none yet.
-
-        AdamW itself makes all of it or nothing, and wants it for a tensor
-        without elements too: FSDP's share of a parameter of few rows.
-        """
+        """All of AdamW's state of a tensor, zeros if there is none yet."""
         state = self.optimizer.state[owner]
         if not state:
             state['step'] = torch.zeros((), device=owner.device)
@@ -186,12 +184,12 @@ class Zero1(Replicated):
         self._by_name = dict(parameters)
         return adamw([piece.owner for piece in self._pieces], dims, **options)
 
-    def step(self):
+    def step(self, skip=None):
         for piece in self._pieces:
             grad = self._by_name[piece.name].grad.view(-1)
             piece.owner.grad = grad[piece.start:
                                     piece.start + len(piece.weight)]
-        self.optimizer.step()
+        super().step(skip)
         self.optimizer.zero_grad(set_to_none=True)  # views of the model's
         low = self.ranks.rank * self.part
         # torch 2.13 has a new name for it and warns of the old one
@@ -232,6 +230,25 @@ class FSDP(Replicated):
                     reshard_after_forward=False)
         super().__init__(model, ranks, optimizer_options)
 
+    def _build_optimizer(self, options):
+        # plain tensors on the shards' memory: the fused kernel does not take
+        # a DTensor and a plain `found_inf` together
+        self._owners, dims = {}, []
+        for name, p in self.model.named_parameters():
+            local = p.to_local().detach()
+            if local.numel():  # few rows may leave a rank none
+                self._owners[name] = torch.nn.Parameter(local)
+                dims.append(p.dim())
+        return adamw(list(self._owners.values()), dims, **options)
+
+    def step(self, skip=None):
+        parameters = dict(self.model.named_parameters())
+        for name, owner in self._owners.items():
+            owner.data = parameters[name].to_local().detach()
+            owner.grad = parameters[name].grad.to_local()
+        super().step(skip)
+        self.optimizer.zero_grad(set_to_none=True)  # they are the model's
+
     def wrap(self, forward):
         return forward
 
@@ -257,7 +274,7 @@ class FSDP(Replicated):
             start = first * (p.numel() // rows)
             if local.numel():
                 found.append(Piece(name, tuple(p.shape), start,
-                                   local.view(-1), p))
+                                   local.view(-1), self._owners[name]))
         return found
 
 
