@@ -117,8 +117,6 @@ def read_batches(path, ranks):
     return [digest for step in zip(*lines, strict=True) for digest in step]
 
 
-
-
 OPERATIONS = ('mkdir', 'fsync', 'rename', 'replace', 'symlink', 'unlink',
               'rmdir')
 
@@ -209,3 +207,17 @@ def spoil(rank, at, what):
 
 def slow_updates(seconds):
     around(strategies.Replicated, 'clip', lambda n: time.sleep(seconds))
+
+
+def truncate_at_update(rank, at, path):
+    """{rank: update}: when its gradients are ready, the file is cut short."""
+    if rank in at:
+        around(strategies.Replicated, 'clip',
+               lambda n: n == at[rank] and os.truncate(path, 1002))
+
+
+def truncate_at_evaluation(rank, at, path):
+    """{rank: batch}: of all evaluations in this process."""
+    if rank in at:
+        around(evaluation, 'autocast',
+               lambda n: n == at[rank] and os.truncate(path, 1002))

@@ -440,6 +440,41 @@ def test_a_disk_that_is_full(warm_ranks, tmp_path, options, undisturbed,
         assert_as_undisturbed(tmp_path, undisturbed)
 
 
+# --- data that is cut off in use ---------------------------------------------------
+
+
+@pytest.mark.parametrize('ranks, plant, name', [
+    (1, 'truncate_at_update', 'train.bin'),
+    (2, 'truncate_at_update', 'train.bin'),
+    (1, 'truncate_at_evaluation', 'val.bin'),
+    (2, 'truncate_at_evaluation', 'val.bin')])
+def test_a_bin_that_is_cut_off_while_training(
+        warm_ranks, tmp_path, options, data, undisturbed, ranks, plant, name):
+    """Reading past its end is an error with a name, and not SIGBUS; with the
+    file restored, the run goes on."""
+    shutil.copytree(data / 'small', tmp_path / 'small')
+    path = tmp_path / 'small' / name
+    whole = path.read_bytes()
+    how = options | {'dataset': tmp_path / 'small', 'checkpoint_interval': 3}
+    at = 8 if 'update' in plant else eval_batches(undisturbed) * 2 // ranks + 2
+    result = start_job(
+        warm_ranks, ranks, tmp_path / 'out', **how,
+        before=f'planted.{plant}(rank, {{0: {at}}}, {str(path)!r})')
+    assert result.statuses == [1] * ranks, result.err
+    assert result.seconds < LIMIT_S
+    text = ''.join(result.err)
+    assert 'Traceback' not in text, text
+    for part in str(path), '1002', str(len(whole)), 'restore':
+        assert part in text, text
+    folder = newest(tmp_path / 'out')
+    assert read_lines(folder)[-1]['status'] == 'failed'
+    assert verify_checkpoint(find_checkpoints(folder)[0])['step'] >= 3
+    path.write_bytes(whole)
+    if ranks == 2:
+        go_on(warm_ranks, tmp_path / 'out', **how)
+        assert_as_undisturbed(tmp_path / 'out', undisturbed)
+
+
 # --- damage ----------------------------------------------------------------------
 
 

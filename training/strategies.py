@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distributed import sum_over_ranks
@@ -77,7 +76,7 @@ class Replicated:
         """Clip to `max_norm`; the norm before, over all ranks, fp32."""
         grads = [p.grad for p in self.model.parameters()
                  if p.grad is not None]
-        grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        grads = [local_part(g) for g in grads]
         squares = torch.stack([sum_of_squares(g) for g in grads]).sum()
         norm = self.sum_of_shards(squares).sqrt()
         share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -110,9 +109,7 @@ class Replicated:
 
     def moment(self, piece: Piece, kind: str) -> torch.Tensor:
         """AdamW's state of a piece, made if there is none yet: 1-D fp32."""
-        value = self._state(piece.owner)[kind]
-        value = value.to_local() if isinstance(value, DTensor) else value
-        return value.view(-1)
+        return local_part(self._state(piece.owner)[kind]).view(-1)
 
     def _state(self, owner) -> dict:
         """All of AdamW's state of a tensor, zeros if there is none yet.
@@ -259,6 +256,12 @@ class FSDP(Replicated):
                 found.append(Piece(name, tuple(p.shape), start,
                                    local.view(-1), p))
         return found
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor; all of it unless it is a DTensor."""
+    # not isinstance: the import of DTensor costs a start without FSDP a second
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
