@@ -166,15 +166,37 @@ def kill_in_save(rank, at):
     checkpoint.save_file, checkpoint.save_checkpoint = half_written, save
 
 
-def full_disk_in_save(rank, at):
-    """{rank: save}: from the n-th save on, no file may exceed 4 kB."""
+def full_disk_in_save(rank, at, tries=1000):
+    """{rank: save}: in the n-th share of a checkpoint that is written here,
+    and `tries` - 1 more, no file may exceed 4 kB."""
     import resource
     if rank in at:
         def fill(n):
-            if n == at[rank]:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            full = at[rank] <= n < at[rank] + tries
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (
+                4096 if full else resource.RLIM_INFINITY,
+                resource.RLIM_INFINITY))
         around(checkpoint, '_write_share', fill)
+
+
+def signal_while_starting(rank, at, where):
+    """{rank: signal}: when this rank builds the model, or reads a file or a
+    tensor of a checkpoint for the second time. A third is an error: the rank
+    should have stopped."""
+    from model_builder import ConfigurableGPT
+    owner, name = {'building': (ConfigurableGPT, '__init__'),
+                   'verifying': (checkpoint, '_check_content'),
+                   'loading': (checkpoint.Tensors, 'read')}[where]
+    due = 1 if where == 'building' else 2
+
+    def reached(n):
+        assert n <= due, f'{where} goes on after the signal'
+        if n == due:
+            raise_signal(at[rank])
+
+    if rank in at:
+        around(owner, name, reached)
 
 
 def spoil(rank, at, what):
@@ -221,3 +243,21 @@ def truncate_at_evaluation(rank, at, path):
     if rank in at:
         around(evaluation, 'autocast',
                lambda n: n == at[rank] and os.truncate(path, 1002))
+
+
+def slow_once(rank, at):
+    """{rank: seconds}: longer takes the second save, and the first batch of
+    the third evaluation."""
+    if rank in at:
+        around(checkpoint, '_write_share',
+               lambda n: n == 2 and time.sleep(at[rank]))
+        original, count = data_loader.EvalSet.batches, 0
+
+        def batches(self, *arguments):
+            nonlocal count
+            count += 1
+            if count == 3:
+                time.sleep(at[rank])
+            return original(self, *arguments)
+
+        data_loader.EvalSet.batches = batches

@@ -16,6 +16,7 @@ from running import (
     read_lines,
     run,
     snapshot,
+    spoil_a_number,
     start,
     wait_for_step,
 )
@@ -50,6 +51,13 @@ def flip_a_byte(content):
 def damage(name, change):
     def prepare(folder):
         alter(newest(folder / 'out') / 'checkpoints' / 'latest' / name, change)
+    return prepare
+
+
+def not_finite(name, value):
+    def prepare(folder):
+        spoil_a_number(
+            newest(folder / 'out') / 'checkpoints' / 'latest' / name, value)
     return prepare
 
 
@@ -184,6 +192,18 @@ CASES = {
     'weights from a damaged checkpoint': Case(
         NEW | {'init_from': './out'}, ['model.safetensors', 'SHA-256'],
         damage('model.safetensors', flip_a_byte)),
+    'NaN in the weights of a checkpoint': Case(
+        RESUME, ['model.safetensors', 'wte.weight', '1 of the', 'nan',
+                 'remove its folder'],
+        not_finite('model.safetensors', float('nan'))),
+    'infinity in the moments of a checkpoint': Case(
+        RESUME, ['optimizer.safetensors', 'wte.weight', '-inf',
+                 'remove its folder'],
+        not_finite('optimizer.safetensors', float('-inf'))),
+    'weights with infinity': Case(
+        NEW | {'init_from': './out'},
+        ['model.safetensors', 'wte.weight', 'inf', 'older one'],
+        not_finite('model.safetensors', float('inf'))),
     'damaged run.json': Case(RESUME, ['run.json'], damaged_record),
     'missing config file': Case(
         NEW, ['no_config.py'], arguments=['no_config.py']),
