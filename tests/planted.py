@@ -261,3 +261,19 @@ def slow_once(rank, at):
             return original(self, *arguments)
 
         data_loader.EvalSet.batches = batches
+
+
+def witness_leaving(rank, path):
+    """Write into PATH_rank whether the process group outlives its end."""
+    import weakref
+
+    from training import startup
+    leave = startup.leave
+
+    def leave_and_look():
+        group = weakref.ref(torch.distributed.group.WORLD)
+        leave()
+        with open(f'{path}_{rank}', 'w') as f:
+            f.write('there' if group() else 'gone')
+
+    startup.leave = leave_and_look

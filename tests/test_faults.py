@@ -366,6 +366,24 @@ def eval_batches(out_dir):
     return -(-data['eval_tokens'] // (16 * 2))
 
 
+@pytest.mark.parametrize('fails', [False, True])
+@pytest.mark.parametrize('strategy', ['use_zero1', 'use_fsdp'])
+def test_the_process_group_ends_with_the_job(warm_ranks, tmp_path, options,
+                                             strategy, fails):
+    """A group that something still holds is destroyed at the interpreter's
+    end, where gloo's threads can wait for ever."""
+    before = ('planted.witness_leaving(rank, '
+              f'{str(tmp_path / "group")!r})')
+    if fails:
+        before += '\nplanted.full_disk_in_save(rank, {0: 1, 1: 1})'
+    result = start_job(
+        warm_ranks, 2, tmp_path / 'out', before=before,
+        **options | {'max_iters': 2, 'use_zero1': False, strategy: True})
+    assert result.statuses == [int(fails)] * 2, result.err
+    for rank in 0, 1:
+        assert (tmp_path / f'group_{rank}').read_text() == 'gone'
+
+
 # --- a save that is killed -------------------------------------------------------
 
 

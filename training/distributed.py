@@ -5,6 +5,7 @@ LOCAL_RANK and WORLD_SIZE; without them there is one process.
 """
 
 import contextlib
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +41,9 @@ def join(ranks: Ranks, timeout_s: float):
     `timeout_s` for a rank ends the job instead of hanging it."""
     if ranks.world_size == 1:
         return
+    # DDP imports it, and its functions then keep the group as a default
+    # argument for ever: gloo's threads would meet the interpreter's end
+    import torch.distributed.nn.functional  # noqa: F401
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous('env://', timeout=timeout))
     store.set_timeout(timeout)
@@ -64,6 +68,7 @@ def set_timeout(seconds: float):
 
 def leave():
     if dist.is_initialized():
+        gc.collect()  # FSDP2's cycles hold the group
         dist.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -122,6 +123,12 @@ class Job:
                 self.run.append('end', step=None, status='failed',
                                 reason=f'{kind.__name__}: {error}')
             self.run.close()
+        # what holds the process group must go before it can be left
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        self.strategy.close()
+        self.model = self.strategy = None
         leave()
 
 

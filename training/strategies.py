@@ -66,6 +66,10 @@ class Replicated:
                 device_ids=[device] if device.type == 'cuda' else None)
         return self.ddp
 
+    def close(self):
+        """Let go of the process group, which cannot end before."""
+        self.ddp = None
+
     def accumulating(self, last: bool):
         """Context of a micro-step; gradients are averaged in the last."""
         if self.ddp is None or last:
@@ -220,17 +224,21 @@ class FSDP(Replicated):
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if dtype == 'bfloat16' else None,
             reduce_dtype=torch.float32)
-        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        self.mesh = init_device_mesh(device.type, (ranks.world_size,))
         for block in model.h:
-            fully_shard(block, mesh=mesh, mp_policy=policy,
+            fully_shard(block, mesh=self.mesh, mp_policy=policy,
                         reshard_after_forward=reshard_after_forward)
         # the head is used again at once in the backward pass
-        fully_shard(model, mesh=mesh, mp_policy=policy,
+        fully_shard(model, mesh=self.mesh, mp_policy=policy,
                     reshard_after_forward=False)
         super().__init__(model, ranks, optimizer_options)
 
     def wrap(self, forward):
         return forward
+
+    def close(self):
+        # DTensor's caches keep the mesh for ever, and the mesh the group
+        getattr(self.mesh, '_pg_registry', {}).clear()
 
     def accumulating(self, last):
         self.model.set_requires_gradient_sync(last)
