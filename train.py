@@ -214,8 +214,13 @@ def train(job, stop) -> int:
 
 
 def prepare_model(job):
-    """What to call for a forward pass: activation checkpointing within
-    torch.compile within DDP (see SYSTEM_OVERVIEW.md)."""
+    """What to call for a forward pass.
+
+    From the inside out: activation checkpointing of each block, so that the
+    compiler sees what is computed again; torch.compile of the whole model, and
+    under FSDP2, which has sharded the blocks before (build_strategy), of each
+    block within its hooks; DDP around all (strategy.wrap).
+    """
     if activation_checkpointing == 'full':
         job.model.checkpoint_blocks()
     if not compile:

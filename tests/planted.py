@@ -66,6 +66,22 @@ def signal_in_save(rank, at):
                after=lambda n: n == file and raise_signal(name))
 
 
+def impatient_in_save(rank, at):
+    """{rank: (file, signal)}: as signal_in_save, and once more so late that
+    it is no part of the first request."""
+    from training.stop_signals import StopSignals
+    StopSignals.SAME_REQUEST_S = 0.1
+
+    def twice(n):
+        if n == at[rank][0]:
+            raise_signal(at[rank][1])
+            time.sleep(0.2)
+            raise_signal(at[rank][1])
+
+    if rank in at:
+        around(checkpoint, 'save_file', after=twice)
+
+
 def witness_batches(rank, path):
     """Append the SHA-256 of each batch of tokens to the file PATH_rank."""
     original = data_loader.TrainLoader.next_batch

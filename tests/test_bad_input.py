@@ -1,5 +1,7 @@
 """Bad input: one clear error before any work, and no file touched."""
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -40,6 +42,7 @@ class Case:
 
 
 def alter(path, change):
+    """By a function that returns the new content, or changes the old one."""
     content = bytearray(path.read_bytes())
     path.write_bytes(change(content) or content)
 
@@ -59,6 +62,25 @@ def not_finite(name, value):
         spoil_a_number(
             newest(folder / 'out') / 'checkpoints' / 'latest' / name, value)
     return prepare
+
+
+class Malicious:
+    """Unpickled, it makes the file `ran` in the working directory."""
+
+    def __reduce__(self):
+        return open, ('ran', 'w')
+
+
+def a_pickle(folder):
+    """In place of the weights, under a hash that is right."""
+    checkpoint = newest(folder / 'out') / 'checkpoints' / 'latest'
+    path = checkpoint / 'model.safetensors'
+    torch.save({'wte.weight': Malicious()}, path)
+    state = read_json(checkpoint / 'state.json')
+    state['files'][path.name] = {
+        'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    (checkpoint / 'state.json').write_text(json.dumps(state))
 
 
 def bins(change):
@@ -172,6 +194,9 @@ CASES = {
     'resume with another architecture': Case(
         RESUME | {'n_layer': 2, 'n_embd': 32},
         ['n_layer', '2', '1', 'n_embd', '32', '16']),
+    'resume with another batch and block': Case(
+        RESUME | {'batch_size': 3, 'block_size': 8},
+        ['tokens per update', '64', '48', 'block_size', '16', '8']),
     'resume with another dataset': Case(
         RESUME | {'dataset': './data/coarse'}, ['dataset', 'coarse', 'small']),
     'resume after the dataset changed': Case(
@@ -192,6 +217,11 @@ CASES = {
     'weights from a damaged checkpoint': Case(
         NEW | {'init_from': './out'}, ['model.safetensors', 'SHA-256'],
         damage('model.safetensors', flip_a_byte)),
+    'emptied optimizer checkpoint': Case(
+        RESUME, ['optimizer.safetensors', '0 bytes', 'remove its folder'],
+        damage('optimizer.safetensors', bytearray.clear)),
+    'a pickle in place of the weights': Case(
+        RESUME, ['model.safetensors', 'cannot be read'], a_pickle),
     'NaN in the weights of a checkpoint': Case(
         RESUME, ['model.safetensors', 'wte.weight', '1 of the', 'nan',
                  'remove its folder'],

@@ -338,6 +338,21 @@ def test_told_by_all_at_once(warm_ranks, tmp_path, options, name):
     assert verify_checkpoint(checkpoint)['step'] == end['step'] >= 3
 
 
+def test_a_second_signal_ends_a_save_at_once(warm_ranks, tmp_path, options,
+                                             undisturbed):
+    """As SIGKILL would: the checkpoint before is whole, and the run goes on
+    from it."""
+    how = options | {'keep_checkpoints': 1}
+    result = start_job(
+        warm_ranks, 2, tmp_path, **how,
+        before='planted.impatient_in_save(rank, {1: (3, "SIGTERM")})')
+    assert result.statuses == [1, -signal.SIGTERM], result.err
+    assert verify_checkpoint(find_checkpoints(newest(tmp_path))[0])[
+        'step'] == 6
+    go_on(warm_ranks, tmp_path, **how)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize('ranks, where', [
     (1, 'building'), (2, 'building'), (2, 'verifying'), (1, 'loading'),
     (2, 'loading')])
@@ -743,10 +758,11 @@ def test_a_large_seed(warm_ranks, tmp_path, options):
 @pytest.mark.parametrize('ranks, change, says', [
     (3, {}, ['gradient_accumulation_steps=4', '3', 'multiple']),
     (2, {'use_fsdp': True}, ['use_zero1', 'use_fsdp', 'False']),
-], ids=['indivisible batch', 'two strategies'])
+    (2, {'out_dir': '/dev/null/out'}, ['/dev/null/out', '--out_dir']),
+], ids=['indivisible batch', 'two strategies', 'unwritable out_dir'])
 def test_refused_once(warm_ranks, tmp_path, options, ranks, change, says):
-    result = start_job(warm_ranks, ranks, tmp_path / 'out',
-                       **options | change)
+    result = start_job(warm_ranks, ranks, **(
+        {'out_dir': tmp_path / 'out'} | options | change))
     assert result.statuses == [2] * ranks, result.err
     error = one_error(result)
     assert [part for part in says if part not in error] == []
@@ -810,6 +826,19 @@ def test_the_comparison_can_fail(undisturbed, tmp_path):
     flip_a_byte(next((folder / 'checkpoints/latest').glob('model-00001*')))
     with pytest.raises(AssertionError):
         assert_as_undisturbed(tmp_path / 'out', undisturbed)
+
+
+def test_evaluations_do_not_change_the_training(warm_ranks, tmp_path, options,
+                                                undisturbed):
+    result = start_job(warm_ranks, 2, tmp_path, **options | {
+        'eval_interval': 5, 'eval_bytes': 900, 'checkpoint_interval': 4})
+    assert result.statuses == [0, 0], result.err
+    found, expected = (
+        {at: numbers for at, numbers in course(newest(out_dir)).items()
+         if at[0] == 'train'} for out_dir in (tmp_path, undisturbed))
+    assert len(expected) == UPDATES
+    assert_same_course(found, expected)
+    assert tensors(newest(tmp_path)) == tensors(newest(undisturbed))
 
 
 def test_the_same_tokens_on_one_rank(warm_ranks, tmp_path, options,

@@ -275,9 +275,16 @@ def _check_content(path: Path, sha256: str, stop):
         raise CheckpointError(
             f'{path} does not have the SHA-256 that was written: the '
             f'checkpoint is damaged; {REMEDY}')
-    with safe_open(path, 'pt') as file:
-        for key in file.keys():  # noqa: SIM118, not a dict
-            _check_finite(path, key, file.get_tensor(key))
+    file = _open(path)
+    for key in file.keys():  # noqa: SIM118, not a dict
+        _check_finite(path, key, file.get_tensor(key))
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, 'pt')
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 
 def _check_finite(path: Path, key: str, tensor: torch.Tensor):
@@ -304,11 +311,7 @@ class Tensors:
         for name in sorted(state['files']):
             if not name.startswith(kind):
                 continue
-            try:
-                file = safe_open(self.checkpoint / name, 'pt')
-            except SafetensorError as error:
-                raise CheckpointError(f'{self.checkpoint / name} cannot be '
-                                      f'read: {error}') from error
+            file = _open(self.checkpoint / name)
             for key in file.keys():  # noqa: SIM118, not a dict
                 tensor, at, start = key.partition('@')
                 shape = tuple(file.get_slice(key).get_shape())
