@@ -30,15 +30,18 @@ from training.configurator import (
 from training.dataset import DatasetError
 from training.device import DTYPES, autocast
 from training.distributed import (
+    LostContact,
     OtherRankFailed,
+    contact,
     leave,
     sum_over_ranks,
     values_of_ranks,
 )
 from training.evaluation import evaluate
 from training.optimizer import learning_rate_at
-from training.progress import Progress, StopSignals
+from training.progress import Progress
 from training.startup import start
+from training.stop_signals import Stopped, StopSignals
 
 # run
 out_dir: str = 'out'  # each start makes out_dir/run_YYYYMMDD_HHMMSS
@@ -117,8 +120,9 @@ activation_checkpointing: Literal['none', 'full'] = 'none'  # full: keep no
 use_zero1: bool = False  # shard the optimizer's state over the processes
 use_fsdp: bool = False  # shard everything over the processes (FSDP2)
 fsdp_reshard_after_forward: bool = False  # True: less memory, more traffic
-dist_timeout_s: PositiveFloat = 600.0  # a rank that is silent for longer ends
-#   the job
+dist_timeout_s: PositiveFloat = 600.0  # a rank that keeps the others waiting
+#   for longer ends the job: at the start, in an evaluation, in a save
+step_timeout_s: PositiveFloat = 120.0  # the same in an update but the first
 deterministic: bool = False  # only algorithms that give the same bits again
 peak_tflops: PositiveFloat | None = None  # dense peak, for MFU; None: by name
 
@@ -126,21 +130,28 @@ peak_tflops: PositiveFloat | None = None  # dense peak, for MFU; None: by name
 def main():
     stop = StopSignals()
     try:
-        job = start(globals(), __file__, sys.argv[1:])
-    except OtherRankFailed:
+        job = start(globals(), __file__, sys.argv[1:], stop)
+    except (OtherRankFailed, LostContact, Stopped, ValueError) as error:
         leave()
-        sys.exit(2)
-    except ValueError as error:
-        leave()
-        exit_with(error)
+        exit_before_training(error)
     try:
-        with job:
+        with job, contact():
             status = train(job, stop)
     except OtherRankFailed:
         sys.exit(1)
-    except (OSError, DatasetError) as error:  # a full disk, a damaged bin
+    # a full disk, a damaged bin, a dead rank
+    except (OSError, DatasetError, LostContact) as error:
         exit_with(error, status=1)
     sys.exit(status)
+
+
+def exit_before_training(error):
+    if isinstance(error, OtherRankFailed):
+        sys.exit(2)
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.number)
+    exit_with(error, status=1 if isinstance(error, LostContact) else 2)
 
 
 def train(job, stop) -> int:
@@ -203,8 +214,13 @@ def train(job, stop) -> int:
 
 
 def prepare_model(job):
-    """What to call for a forward pass, in this order: blocks that keep no
-    activations, compiled, sharded by FSDP or wrapped by DDP."""
+    """What to call for a forward pass.
+
+    From the inside out: activation checkpointing of each block, so that the
+    compiler sees what is computed again; torch.compile of each block's
+    forward and of the loss; around them FSDP2's hooks, which build_strategy
+    has set, or DDP (strategy.wrap).
+    """
     if activation_checkpointing == 'full':
         job.model.checkpoint_blocks()
     if compile:
@@ -217,6 +233,7 @@ def evaluation_due(job, step) -> bool:
 
 
 def evaluate_and_save(job, forward, step, stop, progress):
+    job.expect_delays()  # its first batch may compile
     result = evaluate(
         forward, job.eval_set, batch_size=batch_size, device=job.device,
         dtype=job.dtype, ranks=job.ranks, progress=progress.eval_bar,

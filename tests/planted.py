@@ -66,6 +66,22 @@ def signal_in_save(rank, at):
                after=lambda n: n == file and raise_signal(name))
 
 
+def impatient_in_save(rank, at):
+    """{rank: (file, signal)}: as signal_in_save, and once more so late that
+    it is no part of the first request."""
+    from training.stop_signals import StopSignals
+    StopSignals.SAME_REQUEST_S = 0.1
+
+    def twice(n):
+        if n == at[rank][0]:
+            raise_signal(at[rank][1])
+            time.sleep(0.2)
+            raise_signal(at[rank][1])
+
+    if rank in at:
+        around(checkpoint, 'save_file', after=twice)
+
+
 def witness_batches(rank, path):
     """Append the SHA-256 of each batch of tokens to the file PATH_rank."""
     original = data_loader.TrainLoader.next_batch
@@ -117,8 +133,6 @@ def read_batches(path, ranks):
     return [digest for step in zip(*lines, strict=True) for digest in step]
 
 
-
-
 OPERATIONS = ('mkdir', 'fsync', 'rename', 'replace', 'symlink', 'unlink',
               'rmdir')
 
@@ -168,15 +182,37 @@ def kill_in_save(rank, at):
     checkpoint.save_file, checkpoint.save_checkpoint = half_written, save
 
 
-def full_disk_in_save(rank, at):
-    """{rank: save}: from the n-th save on, no file may exceed 4 kB."""
+def full_disk_in_save(rank, at, tries=1000):
+    """{rank: save}: in the n-th share of a checkpoint that is written here,
+    and `tries` - 1 more, no file may exceed 4 kB."""
     import resource
     if rank in at:
         def fill(n):
-            if n == at[rank]:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            full = at[rank] <= n < at[rank] + tries
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (
+                4096 if full else resource.RLIM_INFINITY,
+                resource.RLIM_INFINITY))
         around(checkpoint, '_write_share', fill)
+
+
+def signal_while_starting(rank, at, where):
+    """{rank: signal}: when this rank builds the model, or reads a file or a
+    tensor of a checkpoint for the second time. A third is an error: the rank
+    should have stopped."""
+    from model_builder import ConfigurableGPT
+    owner, name = {'building': (ConfigurableGPT, '__init__'),
+                   'verifying': (checkpoint, '_check_content'),
+                   'loading': (checkpoint.Tensors, 'read')}[where]
+    due = 1 if where == 'building' else 2
+
+    def reached(n):
+        assert n <= due, f'{where} goes on after the signal'
+        if n == due:
+            raise_signal(at[rank])
+
+    if rank in at:
+        around(owner, name, reached)
 
 
 def spoil(rank, at, what):
@@ -209,3 +245,51 @@ def spoil(rank, at, what):
 
 def slow_updates(seconds):
     around(strategies.Replicated, 'clip', lambda n: time.sleep(seconds))
+
+
+def truncate_at_update(rank, at, path):
+    """{rank: update}: when its gradients are ready, the file is cut short."""
+    if rank in at:
+        around(strategies.Replicated, 'clip',
+               lambda n: n == at[rank] and os.truncate(path, 1002))
+
+
+def truncate_at_evaluation(rank, at, path):
+    """{rank: batch}: of all evaluations in this process."""
+    if rank in at:
+        around(evaluation, 'autocast',
+               lambda n: n == at[rank] and os.truncate(path, 1002))
+
+
+def slow_once(rank, at):
+    """{rank: seconds}: longer takes the second save, and the first batch of
+    the third evaluation."""
+    if rank in at:
+        around(checkpoint, '_write_share',
+               lambda n: n == 2 and time.sleep(at[rank]))
+        original, count = data_loader.EvalSet.batches, 0
+
+        def batches(self, *arguments):
+            nonlocal count
+            count += 1
+            if count == 3:
+                time.sleep(at[rank])
+            return original(self, *arguments)
+
+        data_loader.EvalSet.batches = batches
+
+
+def witness_leaving(rank, path):
+    """Write into PATH_rank whether the process group outlives its end."""
+    import weakref
+
+    from training import startup
+    leave = startup.leave
+
+    def leave_and_look():
+        group = weakref.ref(torch.distributed.group.WORLD)
+        leave()
+        with open(f'{path}_{rank}', 'w') as f:
+            f.write('there' if group() else 'gone')
+
+    startup.leave = leave_and_look

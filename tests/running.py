@@ -211,6 +211,24 @@ def whole_tensors(checkpoint):
     return whole
 
 
+def spoil_a_number(path, value=float('nan')):
+    """Into the last element of a checkpoint's file, with its hash put right:
+    what a run that has gone wrong would save."""
+    import hashlib
+
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    state = read_json(path.parent / 'state.json')
+    state['files'][path.name] = {
+        'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / 'state.json').write_text(json.dumps(state))
+
+
 def wait_for(condition, process, seconds=TIMEOUT):
     """Poll until `condition()` is true; fails if the process ends first."""
     deadline = time.monotonic() + seconds

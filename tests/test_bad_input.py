@@ -1,5 +1,7 @@
 """Bad input: one clear error before any work, and no file touched."""
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -16,6 +18,7 @@ from running import (
     read_lines,
     run,
     snapshot,
+    spoil_a_number,
     start,
     wait_for_step,
 )
@@ -39,6 +42,7 @@ class Case:
 
 
 def alter(path, change):
+    """By a function that returns the new content, or changes the old one."""
     content = bytearray(path.read_bytes())
     path.write_bytes(change(content) or content)
 
@@ -51,6 +55,32 @@ def damage(name, change):
     def prepare(folder):
         alter(newest(folder / 'out') / 'checkpoints' / 'latest' / name, change)
     return prepare
+
+
+def not_finite(name, value):
+    def prepare(folder):
+        spoil_a_number(
+            newest(folder / 'out') / 'checkpoints' / 'latest' / name, value)
+    return prepare
+
+
+class Malicious:
+    """Unpickled, it makes the file `ran` in the working directory."""
+
+    def __reduce__(self):
+        return open, ('ran', 'w')
+
+
+def a_pickle(folder):
+    """In place of the weights, under a hash that is right."""
+    checkpoint = newest(folder / 'out') / 'checkpoints' / 'latest'
+    path = checkpoint / 'model.safetensors'
+    torch.save({'wte.weight': Malicious()}, path)
+    state = read_json(checkpoint / 'state.json')
+    state['files'][path.name] = {
+        'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    (checkpoint / 'state.json').write_text(json.dumps(state))
 
 
 def bins(change):
@@ -164,6 +194,9 @@ CASES = {
     'resume with another architecture': Case(
         RESUME | {'n_layer': 2, 'n_embd': 32},
         ['n_layer', '2', '1', 'n_embd', '32', '16']),
+    'resume with another batch and block': Case(
+        RESUME | {'batch_size': 3, 'block_size': 8},
+        ['tokens per update', '64', '48', 'block_size', '16', '8']),
     'resume with another dataset': Case(
         RESUME | {'dataset': './data/coarse'}, ['dataset', 'coarse', 'small']),
     'resume after the dataset changed': Case(
@@ -184,6 +217,23 @@ CASES = {
     'weights from a damaged checkpoint': Case(
         NEW | {'init_from': './out'}, ['model.safetensors', 'SHA-256'],
         damage('model.safetensors', flip_a_byte)),
+    'emptied optimizer checkpoint': Case(
+        RESUME, ['optimizer.safetensors', '0 bytes', 'remove its folder'],
+        damage('optimizer.safetensors', bytearray.clear)),
+    'a pickle in place of the weights': Case(
+        RESUME, ['model.safetensors', 'cannot be read'], a_pickle),
+    'NaN in the weights of a checkpoint': Case(
+        RESUME, ['model.safetensors', 'wte.weight', '1 of the', 'nan',
+                 'remove its folder'],
+        not_finite('model.safetensors', float('nan'))),
+    'infinity in the moments of a checkpoint': Case(
+        RESUME, ['optimizer.safetensors', 'wte.weight', '-inf',
+                 'remove its folder'],
+        not_finite('optimizer.safetensors', float('-inf'))),
+    'weights with infinity': Case(
+        NEW | {'init_from': './out'},
+        ['model.safetensors', 'wte.weight', 'inf', 'older one'],
+        not_finite('model.safetensors', float('inf'))),
     'damaged run.json': Case(RESUME, ['run.json'], damaged_record),
     'missing config file': Case(
         NEW, ['no_config.py'], arguments=['no_config.py']),

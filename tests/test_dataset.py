@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import training.dataset_writer
+from training.data_loader import TrainLoader
 from training.dataset import (
     DatasetError,
     DatasetWriter,
@@ -369,6 +370,26 @@ def test_reads_outside_the_split(folder):
             split.read(start, count)
     with pytest.raises(DatasetError, match="into an array of shape"):
         split.read(0, 3, np.empty(4, np.int64))
+
+
+def test_reading_beyond_2_to_the_32_bytes(tmp_path):
+    """A sparse file of 2^31 tokens and some; the last ones are written."""
+    ids = np.arange(1, 1001, dtype="<u2")
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.seek(2 * 2**31)
+        file.write(ids.tobytes())
+    ids.tofile(tmp_path / "val.bin")
+    split = open_dataset(tmp_path).split("train")
+    assert split.tokens == 2**31 + 1000
+    found = split.read(2**31 - 2, 7)
+    assert found.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    with TrainLoader(
+        split, block_size=500, batch_size=2, accumulation=1, seed=0
+    ) as loader:
+        assert loader.n_windows == (2**31 + 999) // 500
+        rows = np.empty((1, 501), np.int64)
+        split.read_rows([(loader.n_windows - 1) * 500], rows)
+    assert rows[0, -1] == (2**31 + 999) // 500 * 500 - 2**31 + 1
 
 
 def test_names_and_folders(tmp_path, monkeypatch):

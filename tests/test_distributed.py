@@ -14,6 +14,7 @@ import torch
 from planted import read_batches
 from running import (
     TINY,
+    assert_same_course,
     course,
     newest,
     read_json,
@@ -162,13 +163,38 @@ def test_activation_checkpointing(trained, strategy):
     assert_close_courses(found, expected)
 
 
-@pytest.mark.parametrize('strategy', ['ZeRO-1', 'FSDP'])  # the first is DDP
+COMPILED = {'before': 'planted.quick_compiler()\n', 'compile': True,
+            'activation_checkpointing': 'full'}
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
 def test_compile_over_activation_checkpointing(trained, strategy):
-    expected = course(newest(trained('untied', 'DDP', 1)))
-    found = course(newest(trained(
-        'untied', strategy, 2, before='planted.quick_compiler()',
-        compile=True, activation_checkpointing='full')))
-    assert_close_courses(found, expected, loss=2 * LOSS_TOLERANCE)
+    one = newest(trained('untied', 'DDP', 1))
+    found = newest(trained('untied', strategy, 2, **COMPILED))
+    assert_close_courses(course(found), course(one), loss=2 * LOSS_TOLERANCE)
+    # no name has a prefix of the compiler or of DDP
+    assert whole_tensors(found / 'checkpoints/latest').keys() == (
+        whole_tensors(one / 'checkpoints/latest').keys())
+
+
+@pytest.mark.parametrize('strategy', ['ZeRO-1', 'FSDP'])
+def test_a_compiled_run_is_resumed_to_the_bit(trained, warm_ranks, data,
+                                              tmp_path, strategy):
+    expected = newest(trained('untied', strategy, 2, **COMPILED))
+    compiled = {k: v for k, v in COMPILED.items() if k != 'before'}
+    before = 'import planted\n' + COMPILED['before']
+    for how, stop, status in (
+            (COMMON | MODELS['untied'] | STRATEGIES[strategy] | compiled
+             | {'dataset': data / 'small'},
+             'planted.signal_at_update(rank, {0: (2, "SIGTERM")})', 143),
+            ({'init_from': 'resume'}, '', 0)):
+        result = warm_ranks.run(2, 'train.py', out_dir=tmp_path,
+                                before=before + stop, **how)
+        assert result.statuses == [status] * 2, result.err
+    assert_same_course(course(newest(tmp_path)), course(expected))
+    found = whole_tensors(newest(tmp_path) / 'checkpoints/latest')
+    for key, tensor in whole_tensors(expected / 'checkpoints/latest').items():
+        assert torch.equal(found[key], tensor), key
 
 
 @pytest.mark.parametrize('change', [

@@ -30,6 +30,8 @@ from running import (
     read_json,
     read_lines,
     runs,
+    snapshot,
+    spoil_a_number,
     wait_for_step,
     whole_tensors,
 )
@@ -234,10 +236,13 @@ def test_a_killed_rank_restarts_the_job(tmp_path, options, long_run, rank):
 # --- the same ranks without an agent --------------------------------------------
 
 
-def test_a_frozen_rank_ends_the_others(warm_ranks, tmp_path, options):
-    """After dist_timeout_s; torchrun then kills it, 30 s later."""
+@pytest.mark.parametrize('strategy', ['use_zero1', 'use_fsdp'])
+def test_a_frozen_rank_ends_the_others(warm_ranks, tmp_path, options,
+                                       strategy):
+    """After step_timeout_s; torchrun then kills it, 30 s later."""
     warm_ranks.start(2, 'train.py', out_dir=tmp_path,
-                     **options | LONG | {'dist_timeout_s': 3})
+                     **options | LONG | {'use_zero1': False, strategy: True,
+                                         'step_timeout_s': 3})
     while not any(r['kind'] == 'train' and r['step'] >= 10
                   for r in read_lines(newest(tmp_path))):
         time.sleep(0.01)
@@ -251,8 +256,20 @@ def test_a_frozen_rank_ends_the_others(warm_ranks, tmp_path, options):
     result = warm_ranks.finish()
     assert result.statuses[0] > 0 and result.statuses[1] == -signal.SIGKILL
     end = read_lines(newest(tmp_path))[-1]
-    assert end['status'] == 'failed'
+    assert end['status'] == 'failed' and 'LostContact' in end['reason']
+    assert one_error(result).startswith('lost contact')
     assert verify_checkpoint(find_checkpoints(newest(tmp_path))[0])['step'] > 0
+
+
+def test_a_slow_save_and_evaluation_are_waited_for(warm_ranks, tmp_path,
+                                                   options):
+    """step_timeout_s is for updates alone."""
+    result = start_job(
+        warm_ranks, 2, tmp_path, **options | {
+            'max_iters': 4, 'eval_interval': 2, 'checkpoint_interval': 3,
+            'step_timeout_s': 2, 'dist_timeout_s': 20},
+        before='planted.slow_once(rank, {1: 4.0})')
+    assert result.statuses == [0, 0], result.err
 
 
 STOPS = {
@@ -321,10 +338,65 @@ def test_told_by_all_at_once(warm_ranks, tmp_path, options, name):
     assert verify_checkpoint(checkpoint)['step'] == end['step'] >= 3
 
 
+def test_a_second_signal_ends_a_save_at_once(warm_ranks, tmp_path, options,
+                                             undisturbed):
+    """As SIGKILL would: the checkpoint before is whole, and the run goes on
+    from it."""
+    how = options | {'keep_checkpoints': 1}
+    result = start_job(
+        warm_ranks, 2, tmp_path, **how,
+        before='planted.impatient_in_save(rank, {1: (3, "SIGTERM")})')
+    assert result.statuses == [1, -signal.SIGTERM], result.err
+    assert verify_checkpoint(find_checkpoints(newest(tmp_path))[0])[
+        'step'] == 6
+    go_on(warm_ranks, tmp_path, **how)
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize('ranks, where', [
+    (1, 'building'), (2, 'building'), (2, 'verifying'), (1, 'loading'),
+    (2, 'loading')])
+def test_stopped_while_starting(warm_ranks, half_done, tmp_path, ranks,
+                                where):
+    """At once, by all ranks though one is told, and with nothing written."""
+    out_dir = tmp_path / 'out'
+    shutil.copytree(half_done, out_dir, symlinks=True)
+    before = snapshot(out_dir)
+    result = start_job(
+        warm_ranks, ranks, out_dir, init_from='resume',
+        before='planted.signal_while_starting('
+               f'rank, {{{ranks - 1}: "SIGTERM"}}, {where!r})')
+    assert result.statuses == [143] * ranks, result.err
+    text = ''.join(result.err)
+    assert 'Traceback' not in text, text
+    assert text.count('nothing was written') == ranks
+    after = snapshot(out_dir)
+    assert [path for path in before | after
+            if before.get(path) != after.get(path)] == []
+
+
 def eval_batches(out_dir):
     """Batches of an evaluation on each of two ranks, of one window."""
     data = read_json(newest(out_dir) / 'run.json')['dataset']
     return -(-data['eval_tokens'] // (16 * 2))
+
+
+@pytest.mark.parametrize('fails', [False, True])
+@pytest.mark.parametrize('strategy', ['use_zero1', 'use_fsdp'])
+def test_the_process_group_ends_with_the_job(warm_ranks, tmp_path, options,
+                                             strategy, fails):
+    """A group that something still holds is destroyed at the interpreter's
+    end, where gloo's threads can wait for ever."""
+    before = ('planted.witness_leaving(rank, '
+              f'{str(tmp_path / "group")!r})')
+    if fails:
+        before += '\nplanted.full_disk_in_save(rank, {0: 1, 1: 1})'
+    result = start_job(
+        warm_ranks, 2, tmp_path / 'out', before=before,
+        **options | {'max_iters': 2, 'use_zero1': False, strategy: True})
+    assert result.statuses == [int(fails)] * 2, result.err
+    for rank in 0, 1:
+        assert (tmp_path / f'group_{rank}').read_text() == 'gone'
 
 
 # --- a save that is killed -------------------------------------------------------
@@ -423,7 +495,8 @@ def whole_steps(folder):
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_a_disk_that_is_full(warm_ranks, tmp_path, options, undisturbed,
                              ranks):
-    """The checkpoint before stays; the job says what happened, and ends."""
+    """After a second try the checkpoint before stays, and nothing of the new
+    one; the job says what happened, and ends."""
     how = options | {'checkpoint_interval': 5}
     result = start_job(
         warm_ranks, ranks, tmp_path, **how,
@@ -432,12 +505,73 @@ def test_a_disk_that_is_full(warm_ranks, tmp_path, options, undisturbed,
     error = one_error(result)
     assert re.search('[Ff]ile too large|No space|full', error), error
     assert 'step_' in error or 'safetensors' in error, error  # which file
+    assert ''.join(result.err).count('trying once more') == 1
     folder = newest(tmp_path)
     assert verify_checkpoint(find_checkpoints(folder)[0])['step'] == 5
+    assert list((folder / 'checkpoints').glob('.*')) == []
     assert read_lines(folder)[-1]['kind'] == 'end'
     if ranks == 2:
         go_on(warm_ranks, tmp_path, **how)
         assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_disk_that_was_full_for_a_moment(warm_ranks, tmp_path, options,
+                                           undisturbed, rank):
+    """The second try writes the checkpoint, and training goes on as if
+    nothing had been."""
+    result = start_job(
+        warm_ranks, 2, tmp_path, **options | {'checkpoint_interval': 5},
+        before=f'planted.full_disk_in_save(rank, {{{rank}: 2}}, tries=1)')
+    assert result.statuses == [0, 0], result.err
+    assert result.err[rank].count('trying once more') == 1
+    assert result.err[1 - rank] == ''
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_what_cannot_be_removed_does_not_stop_a_save(tmp_path, capsys):
+    """Such as a folder that is a mount point, or in use on a network disk."""
+    for step in 2, 4:
+        save_checkpoint(tmp_path, build(step, Ranks()), step=step, keep=1)
+    (tmp_path / 'checkpoints' / '.step_00000002.part').write_text('a file')
+    save_checkpoint(tmp_path, build(6, Ranks()), step=6, keep=1)
+    assert assert_whole(find_checkpoints(tmp_path)[0]) == 6
+    assert 'cannot be removed' in capsys.readouterr().err
+
+
+# --- data that is cut off in use ---------------------------------------------------
+
+
+@pytest.mark.parametrize('ranks, plant, name', [
+    (1, 'truncate_at_update', 'train.bin'),
+    (2, 'truncate_at_update', 'train.bin'),
+    (1, 'truncate_at_evaluation', 'val.bin'),
+    (2, 'truncate_at_evaluation', 'val.bin')])
+def test_a_bin_that_is_cut_off_while_training(
+        warm_ranks, tmp_path, options, data, undisturbed, ranks, plant, name):
+    """Reading past its end is an error with a name, and not SIGBUS; with the
+    file restored, the run goes on."""
+    shutil.copytree(data / 'small', tmp_path / 'small')
+    path = tmp_path / 'small' / name
+    whole = path.read_bytes()
+    how = options | {'dataset': tmp_path / 'small', 'checkpoint_interval': 3}
+    at = 8 if 'update' in plant else eval_batches(undisturbed) * 2 // ranks + 2
+    result = start_job(
+        warm_ranks, ranks, tmp_path / 'out', **how,
+        before=f'planted.{plant}(rank, {{0: {at}}}, {str(path)!r})')
+    assert result.statuses == [1] * ranks, result.err
+    assert result.seconds < LIMIT_S
+    text = ''.join(result.err)
+    assert 'Traceback' not in text, text
+    for part in str(path), '1002', str(len(whole)), 'restore':
+        assert part in text, text
+    folder = newest(tmp_path / 'out')
+    assert read_lines(folder)[-1]['status'] == 'failed'
+    assert verify_checkpoint(find_checkpoints(folder)[0])['step'] >= 3
+    path.write_bytes(whole)
+    if ranks == 2:
+        go_on(warm_ranks, tmp_path / 'out', **how)
+        assert_as_undisturbed(tmp_path / 'out', undisturbed)
 
 
 # --- damage ----------------------------------------------------------------------
@@ -461,7 +595,8 @@ def mix(path):
 
 
 DAMAGES = {'a flipped byte': flip_a_byte, 'cut short': truncate,
-           'deleted': Path.unlink, 'of another step': mix}
+           'deleted': Path.unlink, 'of another step': mix,
+           'not a number': spoil_a_number}
 
 
 @pytest.fixture(scope='module')
@@ -503,6 +638,8 @@ def test_auto_goes_back_to_a_whole_checkpoint(warm_ranks, half_done, tmp_path,
     folder = newest(tmp_path / 'out') / 'checkpoints'
     flip_a_byte(folder / 'step_00000013' / 'model-00001-of-00002.safetensors')
     (folder / 'step_00000012' / 'state.json').unlink()
+    spoil_a_number(
+        folder / 'step_00000010' / 'optimizer-00000-of-00002.safetensors')
     record = folder.parent / 'run.json'  # as if it had been made here
     record.write_text(record.read_text().replace(
         str(half_done), str(tmp_path / 'out')))
@@ -510,9 +647,10 @@ def test_auto_goes_back_to_a_whole_checkpoint(warm_ranks, half_done, tmp_path,
                        **how | {'init_from': 'auto'})
     assert result.statuses == [0, 0], result.err
     said = ''.join(result.out + result.err)
-    assert 'step_00000013' in said and 'step_00000012' in said
+    for step in 13, 12, 10:
+        assert f'step_{step:08d}' in said
     assert [r['step'] for r in read_lines(folder.parent)
-            if r['kind'] == 'resume'] == [10]
+            if r['kind'] == 'resume'] == [6]
     assert_as_undisturbed(tmp_path / 'out', undisturbed)
 
 
@@ -620,10 +758,11 @@ def test_a_large_seed(warm_ranks, tmp_path, options):
 @pytest.mark.parametrize('ranks, change, says', [
     (3, {}, ['gradient_accumulation_steps=4', '3', 'multiple']),
     (2, {'use_fsdp': True}, ['use_zero1', 'use_fsdp', 'False']),
-], ids=['indivisible batch', 'two strategies'])
+    (2, {'out_dir': '/dev/null/out'}, ['/dev/null/out', '--out_dir']),
+], ids=['indivisible batch', 'two strategies', 'unwritable out_dir'])
 def test_refused_once(warm_ranks, tmp_path, options, ranks, change, says):
-    result = start_job(warm_ranks, ranks, tmp_path / 'out',
-                       **options | change)
+    result = start_job(warm_ranks, ranks, **(
+        {'out_dir': tmp_path / 'out'} | options | change))
     assert result.statuses == [2] * ranks, result.err
     error = one_error(result)
     assert [part for part in says if part not in error] == []
@@ -687,6 +826,19 @@ def test_the_comparison_can_fail(undisturbed, tmp_path):
     flip_a_byte(next((folder / 'checkpoints/latest').glob('model-00001*')))
     with pytest.raises(AssertionError):
         assert_as_undisturbed(tmp_path / 'out', undisturbed)
+
+
+def test_evaluations_do_not_change_the_training(warm_ranks, tmp_path, options,
+                                                undisturbed):
+    result = start_job(warm_ranks, 2, tmp_path, **options | {
+        'eval_interval': 5, 'eval_bytes': 900, 'checkpoint_interval': 4})
+    assert result.statuses == [0, 0], result.err
+    found, expected = (
+        {at: numbers for at, numbers in course(newest(out_dir)).items()
+         if at[0] == 'train'} for out_dir in (tmp_path, undisturbed))
+    assert len(expected) == UPDATES
+    assert_same_course(found, expected)
+    assert tensors(newest(tmp_path)) == tensors(newest(undisturbed))
 
 
 def test_the_same_tokens_on_one_rank(warm_ranks, tmp_path, options,

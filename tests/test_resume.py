@@ -18,6 +18,7 @@ from running import (
     read_lines,
     run,
     runs,
+    snapshot,
     start,
     train,
     wait_for,
@@ -171,12 +172,14 @@ def test_losses_are_those_of_the_windows_in_order(killed, small_qwen):
 
 
 def test_auto_starts_anew_for_other_options(killed, small_qwen):
-    """A finished run, and one of other options, are not continued."""
-    before = runs(killed)
+    """A finished run, and one of other options, are not continued, and no
+    file of theirs changes."""
+    before, content = runs(killed), snapshot(newest(killed))
     folder = train(killed, **small_qwen | {
         'init_from': 'auto', 'max_iters': 3, 'warmup_iters': 1,
         'wsd_decay_iters': 1})
     assert runs(killed) == [*before, folder]
+    assert snapshot(before[-1]) == content
     assert 'resume' not in {r['kind'] for r in read_lines(folder)}
 
 

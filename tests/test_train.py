@@ -27,6 +27,7 @@ from model_config import ModelArchitectureConfig
 from training.dataset import open_dataset
 
 RECORDS = {
+    'start': {'kind', 'step', 'world_size', 'strategy'},
     'train': {'kind', 'step', 'loss', 'grad_norm', 'lr', 'tokens',
               'tokens_per_s', 'mfu', 'mfu_causal', 'tflops', 'memory_gb',
               'step_ms', 'time_s'},
@@ -73,13 +74,15 @@ def test_metrics(gpt2_run):
         assert RECORDS[record['kind']] == set(record)
     steps = {kind: [r['step'] for r in lines if r['kind'] == kind]
              for kind in RECORDS}
-    assert steps == {'train': list(range(1, 191)), 'end': [190],
+    assert steps == {'start': [0], 'train': list(range(1, 191)), 'end': [190],
                      'eval': [0, 50, 100, 150, 190]}
+    assert lines[0] == {'kind': 'start', 'step': 0, 'world_size': 1,
+                        'strategy': 'single'}
     assert lines[-1] == {'kind': 'end', 'step': 190, 'status': 'finished',
                          'reason': None}
-    for record in lines[:-1]:
+    for record in lines[1:-1]:
         assert record['tokens'] == record['step'] * 64
-    times = [record['time_s'] for record in lines[:-1]]
+    times = [record['time_s'] for record in lines[1:-1]]
     assert times == sorted(times) and times[0] == 0
     trained = [record for record in lines if record['kind'] == 'train'][2:]
     assert all(record['mfu'] is None and record['tflops'] > 0

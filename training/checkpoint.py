@@ -13,7 +13,8 @@ in one file has its name and shape; a part of one is flat and named
 ranks and any strategy can read what any other wrote.
 
 A checkpoint is written aside, fsynced and renamed, so that a folder with the
-final name is complete. Nothing is unpickled.
+final name is complete. What cannot be written is tried once more. Nothing is
+unpickled.
 """
 
 import hashlib
@@ -21,17 +22,22 @@ import json
 import math
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from training.distributed import Ranks, all_or_none
+from training.distributed import OtherRankFailed, Ranks, all_or_none
 from training.run_log import point_to, write_json
+from training.stop_signals import NO_STOP
 from training.strategies import MOMENTS
 
 FORMAT_VERSION = 1
+CHUNK_BYTES = 2**24
+RETRY_AFTER_S = 2.0  # a quota or a network file system may recover
 
 
 class CheckpointError(ValueError):
@@ -47,12 +53,37 @@ def save_checkpoint(run_folder, strategy, *, step, val_loss=None,
 
     `step` counts finished updates, `val_loss` is the evaluation at that step,
     if there was one. The `keep` newest and the best by `val_loss` stay;
-    nothing is pruned before the new one is durable.
+    nothing is pruned before the new one is durable. A second failure to write
+    is raised: OSError where it happened, OtherRankFailed elsewhere.
     """
     ranks = strategy.ranks
     folder = Path(run_folder) / 'checkpoints'
     final = folder / f'step_{step:08d}'
+    try:
+        _write(folder, final, strategy, step, val_loss)
+    except (OSError, OtherRankFailed) as error:
+        if isinstance(error, OSError):
+            print(f'warning: the checkpoint of step {step} cannot be written '
+                  f'({error}); trying once more', file=sys.stderr)
+        time.sleep(RETRY_AFTER_S)
+        try:
+            _write(folder, final, strategy, step, val_loss)
+        except (OSError, OtherRankFailed):
+            on_main(ranks, _clean, folder)  # room for the log's last line
+            raise
+    on_main(ranks, _clean, folder, keep, final.name)
+    return final
+
+
+def _write(folder: Path, final: Path, strategy, step: int, val_loss):
+    """All ranks: write aside, fsync, rename, move `latest`."""
+    ranks = strategy.ranks
     part = folder / f'.{final.name}.part'
+
+    def begin():
+        folder.mkdir(exist_ok=True)
+        _clean(folder)  # of a save that was killed or failed
+        part.mkdir()
 
     def publish():
         files = {}
@@ -71,13 +102,10 @@ def save_checkpoint(run_folder, strategy, *, step, val_loss=None,
         _fsync(folder)
         point_to(folder / 'latest', final.name)
         _fsync(folder)
-        _remove_parts(folder)
-        _prune(folder, keep, final.name)
 
-    on_main(ranks, _make_part, folder, part)
+    on_main(ranks, begin)
     all_or_none(_write_share, part, strategy)
     on_main(ranks, publish)
-    return final
 
 
 def on_main(ranks: Ranks, function, *arguments):
@@ -86,18 +114,23 @@ def on_main(ranks: Ranks, function, *arguments):
                        *arguments)
 
 
-def _make_part(folder: Path, part: Path):
-    folder.mkdir(exist_ok=True)
-    _remove_parts(folder)  # of a save that was killed
-    part.mkdir()
+def _clean(folder: Path, keep: int | None = None, newest: str = ''):
+    """Remove what saves have left, and checkpoints beyond the `keep` newest.
 
-
-def _remove_parts(folder: Path):
-    for part in folder.glob('.*.part'):
-        if part.is_symlink():
-            part.unlink()  # the next `latest`
-        else:
-            shutil.rmtree(part)
+    That a folder cannot be removed is no reason to stop: on a network file
+    system it is enough that someone reads a file in it.
+    """
+    try:
+        for part in folder.glob('.*.part'):
+            if part.is_symlink():
+                part.unlink()  # the next `latest`
+            else:
+                shutil.rmtree(part)
+        if keep is not None:
+            _prune(folder, keep, newest)
+    except OSError as error:
+        print(f'warning: {folder} holds what cannot be removed ({error})',
+              file=sys.stderr)
 
 
 def _write_share(part: Path, strategy):
@@ -198,31 +231,74 @@ def read_state(checkpoint: Path) -> dict:
     return state
 
 
-def verify_checkpoint(checkpoint: Path, ranks: Ranks = Ranks()) -> dict:
-    """state.json, once every file has the size and hash that were written.
+def verify_checkpoint(checkpoint: Path, ranks: Ranks = Ranks(),
+                      stop=NO_STOP) -> dict:
+    """state.json, once every file has the size and hash that were written,
+    and numbers only.
 
-    The ranks share the hashing; all of them raise if one finds damage.
+    The ranks share the reading; all of them raise if one finds damage, and
+    Stopped if one is told to stop.
     """
     def check():
         state = read_state(checkpoint)
-        for i, (name, expected) in enumerate(sorted(state['files'].items())):
-            _check_file(Path(checkpoint) / name, expected,
-                        hashed=i % ranks.world_size == ranks.rank)
+        files = sorted(state['files'].items())
+        for name, expected in files:
+            _check_size(Path(checkpoint) / name, expected['bytes'])
+        for name, expected in files[ranks.rank::ranks.world_size]:
+            _check_content(Path(checkpoint) / name, expected['sha256'], stop)
         return state
 
-    return all_or_none(check)
+    state = all_or_none(check)
+    stop.check()
+    return state
 
 
-def _check_file(path: Path, expected: dict, hashed: bool):
-    size = path.stat().st_size if path.exists() else None
-    remedy = ('the checkpoint is damaged; remove its folder to go on from '
-              'the one before')
-    if size != expected['bytes']:
-        raise CheckpointError(f'{path} has {size or 0:,} bytes where '
-                              f'{expected["bytes"]:,} were written: {remedy}')
-    if hashed and _sha256(path) != expected['sha256']:
-        raise CheckpointError(f'{path} does not have the SHA-256 that was '
-                              f'written: {remedy}')
+REMEDY = 'remove its folder to go on from the one before'
+
+
+def _check_size(path: Path, expected: int):
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise CheckpointError(
+            f'{path} has {size:,} bytes where {expected:,} were written: the '
+            f'checkpoint is damaged; {REMEDY}')
+
+
+def _check_content(path: Path, sha256: str, stop):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if stop.received:
+                return
+    if digest.hexdigest() != sha256:
+        raise CheckpointError(
+            f'{path} does not have the SHA-256 that was written: the '
+            f'checkpoint is damaged; {REMEDY}')
+    file = _open(path)
+    for key in file.keys():  # noqa: SIM118, not a dict
+        _check_finite(path, key, file.get_tensor(key))
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, 'pt')
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
+
+
+def _check_finite(path: Path, key: str, tensor: torch.Tensor):
+    # NaN and infinity survive a sum, which takes no memory; whether it has
+    # only overflowed, the second test tells
+    if tensor.sum().isfinite() or tensor.isfinite().all():
+        return
+    wrong = (~tensor.isfinite()).flatten().nonzero()
+    first = int(wrong[0])
+    raise CheckpointError(
+        f'{path}: {len(wrong):,} of the {tensor.numel():,} values of {key} '
+        f'are NaN or infinite, the first, {tensor.flatten()[first].item()}, '
+        f'at {first}: nothing can be trained or generated from them; '
+        f'{REMEDY}, or name an older one')
 
 
 class Tensors:
@@ -235,11 +311,7 @@ class Tensors:
         for name in sorted(state['files']):
             if not name.startswith(kind):
                 continue
-            try:
-                file = safe_open(self.checkpoint / name, 'pt')
-            except SafetensorError as error:
-                raise CheckpointError(f'{self.checkpoint / name} cannot be '
-                                      f'read: {error}') from error
+            file = _open(self.checkpoint / name)
             for key in file.keys():  # noqa: SIM118, not a dict
                 tensor, at, start = key.partition('@')
                 shape = tuple(file.get_slice(key).get_shape())
@@ -288,26 +360,32 @@ def load_weights(checkpoint: Path, model) -> dict:
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True) -> dict:
+def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True,
+                    stop=NO_STOP) -> dict:
     """Weights and AdamW's state into this rank's pieces; state.json."""
-    state = verify_checkpoint(checkpoint, strategy.ranks)
+    state = verify_checkpoint(checkpoint, strategy.ranks, stop)
 
     def load():
         weights = Tensors(checkpoint, state, 'model')
         _compare(checkpoint, strategy.model, weights, state)
         for piece in strategy.weights():
+            if stop.received:
+                return
             weights.read(piece.name, piece.start, piece.weight)
         if not with_optimizer:
             return
         moments = Tensors(checkpoint, state, 'optimizer')
         moments.sizes()
         for piece in strategy.pieces():
+            if stop.received:
+                return
             for kind in MOMENTS:
                 moments.read(f'{kind}/{piece.name}', piece.start,
                              strategy.moment(piece, kind))
         strategy.optimizer_steps = state['optimizer_steps']
 
     all_or_none(load)
+    stop.check()
     return state
 
 

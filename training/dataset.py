@@ -10,6 +10,7 @@ print(open_dataset('python_stdlib').split('val').tokens)"
 import hashlib
 import json
 import os
+import threading
 from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 VERIFY_IDS = 2**22
+OPEN_FILES = 256  # of a split; a process may often have 1024 in all
 
 
 class Split:
@@ -67,19 +69,19 @@ class Split:
         self._vocab_size = vocab_size
         counts = [file["tokens"] for file in self.files]
         self._ends = np.cumsum(counts).tolist()
-        self._maps = [None] * len(counts)
+        self._streams, self._lock = {}, threading.Lock()
 
-    def _map(self, file):
-        record = self.files[file]
-        mapped = np.memmap(
-            self._folder / record["name"],
-            dtype=self._dtype,
-            mode="r",
-            shape=(record["tokens"],),
-        )
-        # A plain view: slicing np.memmap itself costs several times more.
-        self._maps[file] = mapped.view(np.ndarray)
-        return self._maps[file]
+    def _stream(self, file):
+        """The open file number `file`; at most OPEN_FILES stay open."""
+        if file not in self._streams:
+            if len(self._streams) == OPEN_FILES:
+                self._streams.pop(next(iter(self._streams))).close()
+            # unbuffered: every read is of as many bytes as are asked for
+            self._streams[file] = open(self._path(file), "rb", buffering=0)
+        return self._streams[file]
+
+    def _path(self, file):
+        return self._folder / self.files[file]["name"]
 
     def read(self, start, count, out=None):
         """Tokens `start` .. `start + count` as int64, into `out` if given.
@@ -102,10 +104,13 @@ class Split:
 
         Raises like `read`. One test for all rows costs a third of one each.
         """
-        for start, row in zip(starts, out):
-            self._copy(start, row)
-        if out.size and out.max() >= self._vocab_size:
-            for start, row in zip(starts, out):
+        ids = np.empty(out.shape, self._dtype)
+        with self._lock:  # of the files' positions
+            for start, row in zip(starts, ids):
+                self._copy(start, row)
+        out[...] = ids
+        if ids.size and ids.max() >= self._vocab_size:
+            for start, row in zip(starts, ids):
                 if row.max() >= self._vocab_size:
                     self._refuse_id(start, row)
 
@@ -119,21 +124,40 @@ class Split:
         done = 0
         file = bisect_right(self._ends, start)
         while done < count:
-            ids = self._maps[file]
-            if ids is None:
-                ids = self._map(file)
-            skip = start + done - self._ends[file] + len(ids)
-            piece = ids[skip : skip + count - done]
-            row[done : done + len(piece)] = piece
+            left = self._ends[file] - start - done  # of this file
+            piece = row[done : done + left]
+            self._read(file, self.files[file]["tokens"] - left, piece)
             done += len(piece)
             file += 1
+
+    def _read(self, file, skip, ids):
+        # Not from a memory map: reading one past the end of a file that has
+        # become shorter kills the process (SIGBUS), whatever was checked
+        # before. A read says how much it got.
+        stream, due = self._stream(file), memoryview(ids).cast("B")
+        stream.seek(skip * ids.itemsize)
+        while due:
+            got = stream.readinto(due)
+            if not got:
+                self._refuse_size(file)
+            due = due[got:]
+
+    def _refuse_size(self, file):
+        size = os.fstat(self._stream(file).fileno()).st_size
+        tokens = self.files[file]["tokens"]
+        raise DatasetError(
+            f"{self._path(file)} has {size} bytes, and had"
+            f" {tokens * self._dtype.itemsize} ({tokens} tokens) when it was"
+            " opened: something cuts it off while it is in use; restore it or"
+            f" prepare it again ({prepare_command(self._folder)}), then resume"
+        )
 
     def _refuse_id(self, start, ids):
         where = start + int(np.argmax(ids >= self._vocab_size))
         file = bisect_right(self._ends, where)
         offset = where - (self._ends[file] - self.files[file]["tokens"])
         raise DatasetError(
-            f"{self._folder / self.files[file]['name']}: token {offset} is"
+            f"{self._path(file)}: token {offset} is"
             f" {ids[where - start]}, vocab_size is {self._vocab_size}; the"
             " file is damaged or of another type: prepare it again"
         )

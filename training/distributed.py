@@ -4,6 +4,8 @@ Environment variables are read here and nowhere else: torchrun sets RANK,
 LOCAL_RANK and WORLD_SIZE; without them there is one process.
 """
 
+import contextlib
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +41,9 @@ def join(ranks: Ranks, timeout_s: float):
     `timeout_s` for a rank ends the job instead of hanging it."""
     if ranks.world_size == 1:
         return
+    # DDP imports it, and its functions then keep the group as a default
+    # argument for ever: gloo's threads would meet the interpreter's end
+    import torch.distributed.nn.functional  # noqa: F401
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous('env://', timeout=timeout))
     store.set_timeout(timeout)
@@ -54,8 +59,16 @@ def join(ranks: Ranks, timeout_s: float):
         store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
+def set_timeout(seconds: float):
+    """From now on, a collective that waits longer for a rank raises."""
+    if dist.is_initialized():
+        # without an underscore there is none; torchtitan relies on it as well
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
 def leave():
     if dist.is_initialized():
+        gc.collect()  # FSDP2's cycles hold the group
         dist.destroy_process_group()
 
 
@@ -98,6 +111,25 @@ def broadcast_text(text: str) -> str:
         data = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(data, 0)
     return bytes(data.tolist()).decode()
+
+
+class LostContact(RuntimeError):
+    """Another rank has ended or is silent; its own output may say why."""
+
+
+@contextlib.contextmanager
+def contact():
+    """Raise LostContact for what the libraries below raise of a lost rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
+            raise
+        said = str(error).splitlines()[0].partition(' This is typically')[0]
+        raise LostContact(
+            'lost contact with another rank, which has ended or is silent '
+            f'for longer than dist_timeout_s; its own output may say why '
+            f'({said})') from error
 
 
 class OtherRankFailed(RuntimeError):

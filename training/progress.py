@@ -1,14 +1,10 @@
 """What a run shows and records while it trains: clock, log lines, bar."""
 
-import math
-import os
-import signal
 import time
 
 from tqdm import tqdm
 
 from training.device import peak_memory_gb, synchronize
-from training.distributed import agree_max
 
 
 class Progress:
@@ -36,6 +32,8 @@ class Progress:
         self._told_duration = False
 
     def step_begins(self):
+        if not self._first:  # which may compile, here longer than there
+            self.job.expect_steps()
         self._begin = time.perf_counter()
 
     def step_ended(self, step, loss, grad_norm, lr):
@@ -169,35 +167,3 @@ class Wandb:
     def close(self):
         if self.run:
             self._call(self.run.finish)
-
-
-class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop with a checkpoint.
-
-    A signal to one rank stops all of them at the same point. One that comes
-    later than `SAME_REQUEST_S` after the first ends the process at once,
-    without a checkpoint: before that it is the same request, made by a batch
-    system to the processes and to torchrun, which passes it on.
-    """
-
-    SAME_REQUEST_S = 3.0
-
-    def __init__(self):
-        self.received, self._first_at = 0, math.inf
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, _frame):
-        now = time.monotonic()
-        if now > self._first_at + self.SAME_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif not self.received:
-            self.received, self._first_at = number, now
-            # not print: the signal may have come in the midst of one
-            os.write(2, f'\n{signal.Signals(number).name}: stopping with a '
-                     'checkpoint; once more to stop without\n'.encode())
-
-    def agreed(self) -> int:
-        """A signal that some rank has received, the same on all, or 0."""
-        return agree_max(self.received)

@@ -9,6 +9,7 @@
 """
 
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import numpy
 import torch
-import transformers
 
 try:
     import fcntl
@@ -222,9 +222,10 @@ def read_metrics(run) -> tuple[list[dict], int]:
 
 
 def versions() -> dict:
+    # to import transformers for its version takes half a second
     return {'python': platform.python_version(), 'torch': torch.__version__,
             'numpy': numpy.__version__,
-            'transformers': transformers.__version__}
+            'transformers': importlib.metadata.version('transformers')}
 
 
 def source_commit() -> str | None:

@@ -5,11 +5,13 @@ checked on every rank, and an existing run is touched only once it is known to
 fit.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,9 +35,11 @@ from training.distributed import (
     Ranks,
     all_or_none,
     broadcast_text,
+    contact,
     join,
     leave,
     ranks_of_environment,
+    set_timeout,
     values_of_ranks,
 )
 from training.record import compare_with_record, make_record, print_report
@@ -50,6 +54,9 @@ from training.run_log import (
 )
 from training.settings import resolve
 from training.strategies import Replicated, build_strategy
+
+# with other values of these, init_from='auto' goes on with a run all the same
+FREE_OPTIONS = ('init_from', 'dist_timeout_s', 'step_timeout_s')
 
 
 @dataclasses.dataclass
@@ -84,7 +91,17 @@ class Job:
     def evaluated_at(self, step: int) -> bool:
         return step in self.evaluated_steps
 
+    def expect_steps(self):
+        """Ranks that compute the same: none is long behind the others."""
+        set_timeout(min(self.options['step_timeout_s'],
+                        self.options['dist_timeout_s']))
+
+    def expect_delays(self):
+        """One rank may compile, read or write for long while others wait."""
+        set_timeout(self.options['dist_timeout_s'])
+
     def save(self, step: int, val_loss: float | None = None):
+        self.expect_delays()
         if step == self.saved_step:
             # written again, it would be away for a moment
             if val_loss is not None:
@@ -101,23 +118,32 @@ class Job:
 
     def __exit__(self, kind, error, _):
         self.loader.close()
-        if error is not None and kind is not SystemExit:
-            self.run.append('end', step=None, status='failed',
-                            reason=f'{kind.__name__}: {error}')
-        self.run.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `error` is
+            if error is not None and kind is not SystemExit:
+                self.run.append('end', step=None, status='failed',
+                                reason=f'{kind.__name__}: {error}')
+            self.run.close()
+        # what holds the process group must go before it can be left
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        self.strategy.close()
+        self.model = self.strategy = None
         leave()
 
 
-def start(namespace: dict, source_path, argv: list[str]) -> Job:
+@contact()
+def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     """Read the options, check everything, build the job, print the report.
 
     Writes the options into `namespace`. Raises ValueError (ConfigError,
-    DatasetError, RunError, CheckpointError) with every problem found, and
-    OtherRankFailed where another rank did.
+    DatasetError, RunError, CheckpointError) with every problem found,
+    OtherRankFailed where another rank did, and Stopped for a signal to some
+    rank (`stop`, StopSignals).
     """
     ranks = ranks_of_environment()
     parsed = configure(namespace, source_path, argv)
-    join(ranks, parsed.values['dist_timeout_s'])
+    join(ranks, timeout_of(parsed))
     resumed = find_resumed(parsed.values, ranks)
     if resumed:
         parsed = configure(namespace, source_path, argv,
@@ -137,12 +163,13 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
 
     dataset, plan, eval_set, record = all_or_none(check)
     all_or_none(check_equal_on_ranks, record)
+    stop.check()
     if options['deterministic']:
         torch.use_deterministic_algorithms(True)
     device = plan['device']
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    checkpoint = choose_checkpoint(options, resumed, ranks)
+    checkpoint = choose_checkpoint(options, resumed, ranks, stop)
 
     torch.manual_seed(options['seed'])
     model = ConfigurableGPT(plan['config']).to(device)
@@ -158,12 +185,13 @@ def start(namespace: dict, source_path, argv: list[str]) -> Job:
         use_zero1=options['use_zero1'], use_fsdp=options['use_fsdp'],
         reshard_after_forward=options['fsdp_reshard_after_forward'],
         dtype=plan['dtype'][0], device=device)
+    stop.check()
     record['optimizer_bytes_per_rank'] = [
         int(n) for n in values_of_ranks(strategy.optimizer_bytes)]
     start_step = 0
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, strategy,
-                                with_optimizer=bool(resumed))
+                                with_optimizer=bool(resumed), stop=stop)
         start_step = state['step'] if resumed else 0
 
     # the run folder comes last: what failed above has written nothing
@@ -207,6 +235,18 @@ def check_equal_on_ranks(record: dict):
 # --- which run and checkpoint to go on with --------------------------------
 
 
+def timeout_of(parsed) -> float:
+    """dist_timeout_s, before the ranks have met: as given, or as recorded in
+    the run to resume, so far as this rank can read it."""
+    options = parsed.values
+    if options['init_from'] == 'resume' and (
+            'dist_timeout_s' not in parsed.given):
+        with contextlib.suppress(RunError):  # told when the ranks have met
+            run = resolve_run(options['out_dir'])
+            options = options | recorded_options(run, parsed)
+    return options['dist_timeout_s']
+
+
 def find_resumed(options: dict, ranks: Ranks) -> Path | None:
     """The run folder to continue, as rank 0 sees it; None to start anew."""
     found = None
@@ -239,9 +279,10 @@ def unfinished_run(options: dict) -> Path | None:
         run = resolve_run(options['out_dir'])
     except RunError:
         return None
-    same = {k: v for k, v in options.items() if k != 'init_from'}
-    recorded = read_record(run)['options']
-    if {k: v for k, v in recorded.items() if k != 'init_from'} != same:
+    recorded, asked = ({k: v for k, v in found.items()
+                        if k not in FREE_OPTIONS}
+                       for found in (read_record(run)['options'], options))
+    if recorded != asked:
         return None
     records, _ = read_metrics(run)
     finished = any(r['kind'] == 'end' and r['status'] == 'finished'
@@ -250,7 +291,7 @@ def unfinished_run(options: dict) -> Path | None:
     return run if checkpoints and not finished else None
 
 
-def choose_checkpoint(options, resumed, ranks) -> Path | None:
+def choose_checkpoint(options, resumed, ranks, stop) -> Path | None:
     """The checkpoint to begin with: the newest; under init_from='auto' the
     newest that is whole."""
     if not resumed and options['init_from'] in ('scratch', 'auto'):
@@ -264,7 +305,7 @@ def choose_checkpoint(options, resumed, ranks) -> Path | None:
         return found[0]
     for checkpoint in found:
         try:
-            verify_checkpoint(checkpoint, ranks)
+            verify_checkpoint(checkpoint, ranks, stop)
             return checkpoint
         except CheckpointError as error:
             print(f'warning: {error}. Trying the one before', file=sys.stderr)
@@ -287,16 +328,19 @@ def _run_or_checkpoint(path) -> Path:
 def open_run(resumed, start_step, parsed, record, ranks):
     """(run, its metrics so far): a new folder, or the resumed one."""
     run, records = None, []
+    spread = {key: record[key] for key in ('world_size', 'strategy')}
 
     def opened():
         nonlocal run, records
         if resumed:
             run = Run.reopen(resumed)
-            run.append('resume', step=start_step, options_given=parsed.given)
+            run.append('resume', step=start_step, **spread,
+                       options_given=parsed.given)
             records, _ = read_metrics(resumed)
         else:
             run = Run.create(parsed.values['out_dir'])
             run.write_record(record)
+            run.append('start', step=0, **spread)
 
     on_main(ranks, opened)
     folder = broadcast_text(str(run.folder) if run else '')

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distributed import sum_over_ranks
@@ -67,6 +66,10 @@ class Replicated:
                 device_ids=[device] if device.type == 'cuda' else None)
         return self.ddp
 
+    def close(self):
+        """Let go of the process group, which cannot end before."""
+        self.ddp = None
+
     def accumulating(self, last: bool):
         """Context of a micro-step; gradients are averaged in the last."""
         if self.ddp is None or last:
@@ -77,7 +80,7 @@ class Replicated:
         """Clip to `max_norm`; the norm before, over all ranks, fp32."""
         grads = [p.grad for p in self.model.parameters()
                  if p.grad is not None]
-        grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        grads = [local_part(g) for g in grads]
         squares = torch.stack([sum_of_squares(g) for g in grads]).sum()
         norm = self.sum_of_shards(squares).sqrt()
         share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -221,12 +224,12 @@ class FSDP(Replicated):
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if dtype == 'bfloat16' else None,
             reduce_dtype=torch.float32)
-        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        self.mesh = init_device_mesh(device.type, (ranks.world_size,))
         for block in model.h:
-            fully_shard(block, mesh=mesh, mp_policy=policy,
+            fully_shard(block, mesh=self.mesh, mp_policy=policy,
                         reshard_after_forward=reshard_after_forward)
         # the head is used again at once in the backward pass
-        fully_shard(model, mesh=mesh, mp_policy=policy,
+        fully_shard(model, mesh=self.mesh, mp_policy=policy,
                     reshard_after_forward=False)
         super().__init__(model, ranks, optimizer_options)
 
@@ -252,6 +255,10 @@ class FSDP(Replicated):
     def wrap(self, forward):
         return forward
 
+    def close(self):
+        # DTensor's caches keep the mesh for ever, and the mesh the group
+        getattr(self.mesh, '_pg_registry', {}).clear()
+
     def accumulating(self, last):
         self.model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
@@ -276,6 +283,12 @@ class FSDP(Replicated):
                 found.append(Piece(name, tuple(p.shape), start,
                                    local.view(-1), self._owners[name]))
         return found
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor; all of it unless it is a DTensor."""
+    # not isinstance: the import of DTensor costs a start without FSDP a second
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
