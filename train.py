@@ -35,9 +35,9 @@ from training.distributed import (
     contact,
     leave,
     sum_over_ranks,
-    values_of_ranks,
 )
 from training.evaluation import evaluate
+from training.nonfinite import FiniteGuard, NotFinite
 from training.optimizer import learning_rate_at
 from training.progress import Progress
 from training.startup import start
@@ -137,6 +137,10 @@ def main():
     try:
         with job, contact():
             status = train(job, stop)
+    except NotFinite as error:
+        if job.ranks.is_main:  # all ranks have the same
+            exit_with(error, status=3)
+        sys.exit(3)
     except OtherRankFailed:
         sys.exit(1)
     # a full disk, a damaged bin, a dead rank
@@ -160,8 +164,8 @@ def train(job, stop) -> int:
     forward = prepare_model(job)
     training_forward = strategy.wrap(forward)
     progress = Progress(job)
+    guard = FiniteGuard(job, progress)
     step = job.start_step
-    skipped = sum(r['kind'] == 'skipped' for r in job.records)
     if evaluation_due(job, step) and not job.evaluated_at(step):
         evaluate_and_save(job, forward, step, stop, progress)
 
@@ -187,29 +191,23 @@ def train(job, stop) -> int:
             loss += micro_loss.detach()
         grad_norm = strategy.clip(grad_clip or math.inf)
         mean_loss = sum_over_ranks(loss) / job.ranks.world_size
-        # both are the same on all ranks, and so is what follows
-        if not math.isfinite(mean_loss.item() + grad_norm.item()):
-            skipped += 1
-            report = describe_nonfinite(job, step, loss, grad_norm)
-            if skipped > skip_nonfinite_steps:
-                return stop_on_nonfinite(job, step, report, progress)
-            progress.skipped(step + 1, report)
-        else:
-            strategy.step()
+        strategy.step(skip=guard.skip(step, loss, mean_loss, grad_norm))
         strategy.drop_gradients()
         step += 1
         progress.step_ended(step, mean_loss, grad_norm, lr)
 
         if evaluation_due(job, step):
+            guard.check()
             evaluate_and_save(job, forward, step, stop, progress)
         elif checkpoint_interval and step % checkpoint_interval == 0:
+            guard.check()
             job.save(step)
 
+    guard.check()
     if not job.evaluated_at(job.max_iters):  # a signal ended it before
         return stop_early(job, step, stop.agreed(), progress)
     progress.record('end', step=step, status='finished', reason=None)
     progress.say(f'done: {job.run.folder}')
-    progress.close()
     return 0
 
 
@@ -258,34 +256,7 @@ def stop_early(job, step, signal_number, progress) -> int:
                     reason=f'signal {signal_number}')
     progress.say(f'stopped at step {step}; to go on: the same command with '
                  f'--init_from=resume --out_dir={job.run.folder}')
-    progress.close()
     return 128 + signal_number
-
-
-def describe_nonfinite(job, step, loss, grad_norm) -> str:
-    """Which step, ranks and samples; the same on all ranks."""
-    losses = values_of_ranks(loss.item())
-    ranks = [rank for rank, value in enumerate(losses)
-             if not math.isfinite(value)]
-    where = f'on rank {", ".join(map(str, ranks))}' if ranks else (
-        'with a finite loss on every rank')
-    samples = batch_size * gradient_accumulation_steps
-    return (f'step {step + 1}, samples {step * samples} to '
-            f'{(step + 1) * samples - 1}: loss {sum(losses) / len(losses)}, '
-            f'gradient norm {grad_norm.item()}, {where}')
-
-
-def stop_on_nonfinite(job, step, report, progress) -> int:
-    """Nothing of this step has reached the weights; status 3."""
-    progress.record('end', step=step, status='failed',
-                    reason=f'not finite: {report}')
-    progress.close()
-    if job.ranks.is_main:
-        print(f'error: not finite: {report}. Stopped before the update; the '
-              'last checkpoint is good. Resume with a lower --learning_rate '
-              'or --grad_clip, with --dtype=float32, or leave such steps out '
-              'with --skip_nonfinite_steps=N', file=sys.stderr)
-    return 3
 
 
 if __name__ == '__main__':

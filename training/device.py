@@ -68,6 +68,26 @@ def synchronize(device: torch.device):
         torch.mps.synchronize()
 
 
+class HostCopy:
+    """A number on its way from the device; `item` waits for this number, not
+    for what the device was given after it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._event = None
+        self._value = tensor
+        if tensor.device.type == 'cuda':
+            self._value = torch.empty_like(tensor, device='cpu',
+                                           pin_memory=True)
+            self._value.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def item(self):
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.item()
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far, in GB of 1e9 bytes: allocated on a GPU, resident
     on a CPU."""

@@ -30,6 +30,7 @@ class Progress:
         self._seconds = 0.0
         self._first = True   # its time holds compilation and warm-up
         self._told_duration = False
+        job.at_exit.callback(self.close)
 
     def step_begins(self):
         if not self._first:  # which may compile, here longer than there

@@ -87,6 +87,7 @@ class Job:
     def __post_init__(self):
         self.evaluated_steps = {r['step'] for r in self.records
                                 if r['kind'] == 'eval'}
+        self.at_exit = contextlib.ExitStack()
 
     def evaluated_at(self, step: int) -> bool:
         return step in self.evaluated_steps
@@ -117,10 +118,12 @@ class Job:
         return self
 
     def __exit__(self, kind, error, _):
+        self.at_exit.close()
         self.loader.close()
         with contextlib.suppress(OSError):  # of a full disk, which `error` is
             if error is not None and kind is not SystemExit:
-                self.run.append('end', step=None, status='failed',
+                self.run.append('end', step=getattr(error, 'step', None),
+                                status='failed',
                                 reason=f'{kind.__name__}: {error}')
             self.run.close()
         # what holds the process group must go before it can be left
