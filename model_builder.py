@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -166,14 +167,19 @@ class ConfigurableGPT(nn.Module):
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False)
 
-    def compile_parts(self):
+    def compile_parts(self, activation_memory_budget: float = 1.0):
         """torch.compile each block and the softmax of the loss.
 
         All blocks share one graph, so that compilation takes as long for 28
         layers as for one. A graph of the whole model would hand out the
         gradients of all weights together at its end: 4 bytes a parameter
-        more in memory while earlier micro-steps' gradients wait.
+        more in memory while earlier micro-steps' gradients wait. A budget
+        below 1 makes the backward pass compute the cheaper activations again
+        (PyTorch's partitioner, https://pytorch.org/blog/
+        activation-checkpointing-techniques/).
         """
+        # read when a graph is compiled, which is at its first call
+        functorch_config.activation_memory_budget = activation_memory_budget
         compiled = functools.partial(torch.compile, fullgraph=True,
                                      dynamic=False)
         # of forward alone: the hooks of DDP and FSDP stay outside

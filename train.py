@@ -117,6 +117,8 @@ dtype: Literal[tuple(DTYPES)] = 'bfloat16'  # of the matmuls;
 compile: bool = True  # torch.compile
 activation_checkpointing: Literal['none', 'full'] = 'none'  # full: keep no
 #   activations within a block, compute them again in the backward pass
+activation_memory_budget: Share = 1.0  # of what compile would keep of them;
+#   below 1 it computes the cheap ones again; without compile: as full
 use_zero1: bool = False  # shard the optimizer's state over the processes
 use_fsdp: bool = False  # shard everything over the processes (FSDP2)
 fsdp_reshard_after_forward: bool = False  # True: less memory, more traffic
@@ -125,6 +127,8 @@ dist_timeout_s: PositiveFloat = 600.0  # a rank that keeps the others waiting
 step_timeout_s: PositiveFloat = 120.0  # the same in an update but the first
 deterministic: bool = False  # only algorithms that give the same bits again
 peak_tflops: PositiveFloat | None = None  # dense peak, for MFU; None: by name
+profile: bool = False  # a trace of updates 4 to 6, in the run folder
+dry_run: bool = False  # print what the run would need, and end
 
 
 def main():
@@ -219,10 +223,10 @@ def prepare_model(job):
     forward and of the loss; around them FSDP2's hooks, which build_strategy
     has set, or DDP (strategy.wrap).
     """
-    if activation_checkpointing == 'full':
+    if job.activation_checkpointing == 'full':
         job.model.checkpoint_blocks()
     if compile:
-        job.model.compile_parts()
+        job.model.compile_parts(activation_memory_budget)
     return job.model
 
 

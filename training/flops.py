@@ -1,48 +1,91 @@
 """FLOPs of a model, and the peaks of devices: what MFU is made of."""
 
+import dataclasses
+
 from model_config import ModelArchitectureConfig
 
-# Dense peak TFLOP/s: (name as torch reports it, bf16, fp32, source). The
-# first name found in the device's name counts, so longer names come first.
-# fp32 is without TF32, which this project does not switch on.
-PEAK_TFLOPS = (
-    ('B300', 2250, 75, 'https://www.nvidia.com/en-us/data-center/dgx-b300/'),
-    ('B200', 2250, 75, 'https://www.nvidia.com/en-us/data-center/dgx-b200/'),
-    ('H200 NVL', 835, 60, 'https://www.nvidia.com/en-us/data-center/h200/'),
-    ('H200', 989.4, 67, 'https://www.nvidia.com/en-us/data-center/h200/'),
-    ('H100 PCIe', 756, 51, 'https://www.nvidia.com/en-us/data-center/h100/'),
-    ('H100 NVL', 835, 60, 'https://www.nvidia.com/en-us/data-center/h100/'),
-    ('H100', 989.4, 67, 'https://www.nvidia.com/en-us/data-center/h100/'),
-    ('A100', 312, 19.5, 'https://www.nvidia.com/en-us/data-center/a100/'),
-    ('RTX A6000', 154.8, 38.7,
-     'https://www.nvidia.com/en-us/design-visualization/rtx-a6000/'),
-    ('L40S', 362, 91.6, 'https://www.nvidia.com/en-us/data-center/l40s/'),
-    ('L4', 121, 30.3, 'https://www.nvidia.com/en-us/data-center/l4/'),
-    ('RTX 4090', 165.2, 82.6,
-     'https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/'),
-    ('RTX 3090', 71, 35.6,
-     'https://www.nvidia.com/en-us/geforce/graphics-cards/30-series/'),
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a GPU can do: dense TFLOP/s, fp32 without TF32 (which this project
+    does not switch on), and memory in GB of 1e9 bytes, as PyTorch reports it
+    where that is known, otherwise as the datasheet has it."""
+
+    name: str            # words of the name that PyTorch reports
+    bf16: float | None   # None: it has no bf16
+    fp32: float
+    memory_gb: float
+    source: str
+
+    @property
+    def key(self) -> str:
+        """The name on a command line: 'RTX A6000' is a6000."""
+        return self.name.lower().removeprefix('rtx ').replace(' ', '-')
+
+
+# the first whose words all stand in a device's name counts, so longer names
+# come first
+_NVIDIA = 'https://www.nvidia.com/en-us/'
+GPUS = (
+    Gpu('GB300', 2500, 80, 279, _NVIDIA + 'data-center/gb300-nvl72/'),
+    Gpu('GB200', 2500, 80, 186, _NVIDIA + 'data-center/gb200-nvl72/'),
+    Gpu('B300', 2250, 75, 262, _NVIDIA + 'data-center/dgx-b300/'),
+    Gpu('B200', 2250, 75, 180, _NVIDIA + 'data-center/dgx-b200/'),
+    Gpu('B100', 1750, 60, 180, _NVIDIA + 'data-center/hgx/'),
+    Gpu('H200 NVL', 835, 60, 141, _NVIDIA + 'data-center/h200/'),
+    Gpu('H200', 989.4, 67, 141, _NVIDIA + 'data-center/h200/'),
+    Gpu('H100 PCIe', 756, 51, 84.9, _NVIDIA + 'data-center/h100/'),
+    Gpu('H100 NVL', 835, 60, 94, _NVIDIA + 'data-center/h100/'),
+    Gpu('H100', 989.4, 67, 84.9, _NVIDIA + 'data-center/h100/'),
+    # NVIDIA publishes no page for it
+    Gpu('H20', 148, 44, 96, 'https://willitrunai.com/es/gpus/h20-96gb'),
+    Gpu('A100 40GB', 312, 19.5, 42.3, _NVIDIA + 'data-center/a100/'),
+    Gpu('A100', 312, 19.5, 85.0, _NVIDIA + 'data-center/a100/'),
+    Gpu('RTX A6000', 154.8, 38.7, 51.0,
+        _NVIDIA + 'design-visualization/rtx-a6000/'),
+    Gpu('RTX A5000', 111.1, 27.8, 25.4,
+        _NVIDIA + 'design-visualization/rtx-a5000/'),
+    Gpu('L40S', 362, 91.6, 47.7, _NVIDIA + 'data-center/l40s/'),
+    Gpu('L4', 121, 30.3, 23.6, _NVIDIA + 'data-center/l4/'),
+    Gpu('RTX 5090', 209.5, 104.8, 33.6,
+        _NVIDIA + 'geforce/graphics-cards/50-series/rtx-5090/'),
+    Gpu('RTX 4090', 165.2, 82.6, 25.4,
+        _NVIDIA + 'geforce/graphics-cards/40-series/'),
+    Gpu('RTX 3090', 71, 35.6, 25.4,
+        _NVIDIA + 'geforce/graphics-cards/30-series/'),
+    Gpu('V100 SXM2', None, 15.7, 16.9, _NVIDIA + 'data-center/v100/'),
+    Gpu('T4', None, 8.1, 15.6, _NVIDIA + 'data-center/tesla-t4/'),
+    Gpu('MI300X', 1307.4, 163.4, 192,
+        'https://www.amd.com/en/products/accelerators/instinct/mi300/'
+        'mi300x.html'),
 )
 
 # words that make a name another chip's, or a part of one
 OTHER_CHIPS = {'Laptop', 'Max', 'D', 'Ti', 'SUPER', 'MIG'}
 
 
-def peak_tflops_of(device_name: str, dtype: str) -> float | None:
-    """Dense peak of a device in TFLOP/s, None where it is not known.
-
-    `dtype` is 'bfloat16' or 'float32'. An unknown device gets no guess: a
-    wrong peak makes a wrong MFU, and nobody notices.
-    """
+def gpu_of(device_name: str) -> Gpu | None:
+    """The GPU that goes by a name; an unknown one gets no guess: a wrong peak
+    makes a wrong MFU, and nobody notices."""
     words = device_name.replace('-', ' ').split()
     if OTHER_CHIPS & set(words):
         return None
-    for name, bf16, fp32, _source in PEAK_TFLOPS:
-        wanted = name.split()
+    for gpu in GPUS:
         # whole words: 'L4' is not 'L40S', 'A100' is not 'A1000'
-        if all(word in words for word in wanted):
-            return bf16 if dtype == 'bfloat16' else fp32
+        if all(word in words for word in gpu.name.split()):
+            return gpu
     return None
+
+
+def peak_tflops_of(device_name: str, dtype: str) -> float | None:
+    """Dense peak of a device in TFLOP/s, None where it is not known.
+
+    `dtype` is 'bfloat16' or 'float32'.
+    """
+    gpu = gpu_of(device_name)
+    if gpu is None:
+        return None
+    return gpu.bf16 if dtype == 'bfloat16' else gpu.fp32
 
 
 def matmul_weights(config: ModelArchitectureConfig) -> int:

@@ -30,7 +30,24 @@ class Progress:
         self._seconds = 0.0
         self._first = True   # its time holds compilation and warm-up
         self._told_duration = False
+        self.profiler = None
+        if job.options['profile'] and not self.silent:
+            self.profiler = job.at_exit.enter_context(self._profiler())
         job.at_exit.callback(self.close)
+
+    def _profiler(self):
+        """A trace of three updates, after two that compile and one that
+        warms up: where the time of a step goes."""
+        from torch.profiler import profile, schedule
+
+        def write(profiler):
+            path = self.job.run.folder / 'profile.json.gz'
+            profiler.export_chrome_trace(str(path))
+            self.say(f'profile: {path}, to be opened at '
+                     'https://ui.perfetto.dev')
+
+        return profile(schedule=schedule(wait=2, warmup=1, active=3, repeat=1),
+                       on_trace_ready=write)
 
     def step_begins(self):
         if not self._first:  # which may compile, here longer than there
@@ -48,6 +65,8 @@ class Progress:
         self.time_s += seconds
         self._steps += 1
         self.bar.update()
+        if self.profiler:
+            self.profiler.step()
         if logged:
             self._log(step, loss.item(), grad_norm.item(), lr)
             self._first = False

@@ -125,6 +125,12 @@ def print_report(record, run, plan, start_step):
         ('dtype', with_reason(plan['dtype'])),
         ('attention', with_reason(plan['attention'])),
     ]
+    if plan['recomputation'][0] == 'full':
+        rows.append(('activations', 'computed again, '
+                     + with_reason(plan['recomputation'])))
+    elif options['activation_memory_budget'] < 1:
+        rows.append(('activations', 'computed again to keep within a budget '
+                     f'of {options["activation_memory_budget"]:g}'))
     if plan['schedule']['warmup_iters'] >= plan['max_iters']:
         rows.append(('warm-up', f'{plan["schedule"]["warmup_iters"]} updates: '
                                 'the run ends before its learning rate'))

@@ -46,6 +46,12 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
     if options['use_zero1'] and options['use_fsdp']:
         problems.append('use_zero1 and use_fsdp exclude each other: FSDP '
                         'shards the optimizer state too; set one to False')
+    if (options['activation_checkpointing'] == 'full'
+            and options['activation_memory_budget'] < 1):
+        problems.append(
+            f'activation_memory_budget={options["activation_memory_budget"]} '
+            "has no effect with activation_checkpointing='full', which keeps "
+            'no activations: leave one of them out')
     plan = {'config': config, 'device': device}
     if config is not None:
         train_tokens = dataset.split('train').tokens
@@ -62,6 +68,7 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
     if problems:
         raise ConfigError(problems)
     plan['dtype'] = computing_dtype(device, options['dtype'])
+    plan['recomputation'] = recomputation(options)
     plan['attention'] = attention_in_use(
         config.attention_backend, device.type, DTYPES[plan['dtype'][0]])
     plan['device_name'] = device_name(device)
@@ -70,6 +77,13 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
     plan['eval_bytes'] = options['eval_bytes'] or (
         CPU_EVAL_BYTES if device.type == 'cpu' else EVAL_BYTES)
     return plan
+
+
+def recomputation(options: dict) -> tuple[str, str]:
+    """(activation_checkpointing, reason) that really runs for a request."""
+    if options['activation_memory_budget'] < 1 and not options['compile']:
+        return 'full', 'activation_memory_budget needs compile=True'
+    return options['activation_checkpointing'], 'as configured'
 
 
 def build_architecture(options: dict, dataset: Dataset):
@@ -100,11 +114,33 @@ def build_architecture(options: dict, dataset: Dataset):
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class AbsentDataset:
+    """What build_architecture asks a dataset for, where there is none yet."""
+
+    name: str
+    vocab_size: int
+    splits: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokenizer_size(self):
+        return self.vocab_size
+
+
+def vocabulary_without_dataset(options: dict) -> AbsentDataset:
+    """The vocabulary that the options set, for a plan made before the data."""
+    if options['vocab_size'] is None:
+        raise ConfigError([
+            f'dataset {options["dataset"]} is not there to tell the '
+            'vocabulary: prepare it, or give --vocab_size=N'])
+    return AbsentDataset(options['dataset'], options['vocab_size'])
+
+
 def largest_id(dataset: Dataset) -> int:
     """The largest id of the bins, or that of the tokenizer if not recorded."""
     largest = [file['max_id'] for split in dataset.splits.values()
                for file in split.files]
-    if None in largest:
+    if not largest or None in largest:
         return dataset.tokenizer_size - 1
     return max(largest)
 

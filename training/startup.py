@@ -69,6 +69,7 @@ class Job:
     dataset: Dataset
     device: torch.device
     dtype: str             # what the matmuls really run in
+    activation_checkpointing: str  # what really runs
     run: Run | SilentRun   # the latter on ranks other than 0
     model: torch.nn.Module
     strategy: Replicated   # or a subclass; owns the optimizer
@@ -167,6 +168,12 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     dataset, plan, eval_set, record = all_or_none(check)
     all_or_none(check_equal_on_ranks, record)
     stop.check()
+    if options['dry_run']:
+        if ranks.is_main:
+            from training.planning import print_dry_run
+            print_dry_run(options, plan, dataset, ranks.world_size)
+        leave()
+        raise SystemExit(0)
     if options['deterministic']:
         torch.use_deterministic_algorithms(True)
     device = plan['device']
@@ -208,7 +215,8 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         print_report(record, run, plan, start_step)
     return Job(
         options=options, ranks=ranks, config=plan['config'], dataset=dataset,
-        device=device, dtype=plan['dtype'][0], run=run, model=model,
+        device=device, dtype=plan['dtype'][0],
+        activation_checkpointing=plan['recomputation'][0], run=run, model=model,
         strategy=strategy, loader=loader, eval_set=eval_set,
         max_iters=plan['max_iters'], schedule=plan['schedule'],
         accumulation=plan['accumulation'],
