@@ -131,7 +131,8 @@ def main():
     stop = StopSignals()
     try:
         job = start(globals(), __file__, sys.argv[1:], stop)
-    except (OtherRankFailed, LostContact, Stopped, ValueError) as error:
+    except (OtherRankFailed, LostContact, Stopped, OSError,
+            ValueError) as error:
         leave()
         exit_before_training(error)
     try:
@@ -145,7 +146,9 @@ def main():
         sys.exit(1)
     # a full disk, a damaged bin, a dead rank
     except (OSError, DatasetError, LostContact) as error:
-        exit_with(error, status=1)
+        exit_with(f'{error}\nOnce this is mended, --init_from=resume '
+                  f'--out_dir={job.run.folder} goes on from the last '
+                  'checkpoint.', status=1)
     sys.exit(status)
 
 
