@@ -133,7 +133,7 @@ def main():
         job = start(globals(), __file__, sys.argv[1:], stop)
     except (OtherRankFailed, LostContact, Stopped, OSError,
             ValueError) as error:
-        leave()
+        leave(error)
         exit_before_training(error)
     try:
         with job, contact():

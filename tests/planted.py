@@ -288,9 +288,9 @@ def witness_leaving(rank, path):
     from training import startup
     leave = startup.leave
 
-    def leave_and_look():
+    def leave_and_look(*error):
         group = weakref.ref(torch.distributed.group.WORLD)
-        leave()
+        leave(*error)
         with open(f'{path}_{rank}', 'w') as f:
             f.write('there' if group() else 'gone')
 
