@@ -193,6 +193,7 @@ def full_disk(limit=None):
 def full_disk_in_save(rank, at, tries=1000):
     """{rank: save}: in the n-th share of a checkpoint that is written here,
     and `tries` - 1 more, no file may exceed 4 kB."""
+    checkpoint.RETRY_AFTER_S = 0.1
     if rank in at:
         around(checkpoint, '_write_share', lambda n: full_disk(
             4096 if at[rank] <= n < at[rank] + tries else None))
