@@ -135,8 +135,9 @@ def main():
     stop = StopSignals()
     try:
         job = start(globals(), __file__, sys.argv[1:], stop)
-    except (OtherRankFailed, LostContact, Stopped, ValueError) as error:
-        leave()
+    except (OtherRankFailed, LostContact, Stopped, OSError,
+            ValueError) as error:
+        leave(error)
         exit_before_training(error)
     try:
         with job, contact():
@@ -149,7 +150,9 @@ def main():
         sys.exit(1)
     # a full disk, a damaged bin, a dead rank
     except (OSError, DatasetError, LostContact) as error:
-        exit_with(error, status=1)
+        exit_with(f'{error}\nOnce this is mended, --init_from=resume '
+                  f'--out_dir={job.run.folder} goes on from the last '
+                  'checkpoint.', status=1)
     sys.exit(status)
 
 

@@ -182,18 +182,21 @@ def kill_in_save(rank, at):
     checkpoint.save_file, checkpoint.save_checkpoint = half_written, save
 
 
+def full_disk(limit=None):
+    """No file may exceed `limit` bytes any more."""
+    import resource
+    unlimited = resource.RLIM_INFINITY
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or unlimited, unlimited))
+
+
 def full_disk_in_save(rank, at, tries=1000):
     """{rank: save}: in the n-th share of a checkpoint that is written here,
     and `tries` - 1 more, no file may exceed 4 kB."""
-    import resource
+    checkpoint.RETRY_AFTER_S = 0.1
     if rank in at:
-        def fill(n):
-            full = at[rank] <= n < at[rank] + tries
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (
-                4096 if full else resource.RLIM_INFINITY,
-                resource.RLIM_INFINITY))
-        around(checkpoint, '_write_share', fill)
+        around(checkpoint, '_write_share', lambda n: full_disk(
+            4096 if at[rank] <= n < at[rank] + tries else None))
 
 
 def signal_while_starting(rank, at, where):
@@ -286,10 +289,23 @@ def witness_leaving(rank, path):
     from training import startup
     leave = startup.leave
 
-    def leave_and_look():
+    def leave_and_look(*error):
         group = weakref.ref(torch.distributed.group.WORLD)
-        leave()
+        leave(*error)
         with open(f'{path}_{rank}', 'w') as f:
             f.write('there' if group() else 'gone')
 
     startup.leave = leave_and_look
+
+
+def witness_timeout(rank, path):
+    """Write into PATH_rank the timeout under which the ranks meet."""
+    from training import startup
+    join = startup.join
+
+    def join_and_note(ranks, timeout_s):
+        with open(f'{path}_{rank}', 'w') as f:
+            f.write(str(timeout_s))
+        join(ranks, timeout_s)
+
+    startup.join = join_and_note

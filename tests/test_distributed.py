@@ -390,3 +390,12 @@ def test_resumed_with_other_ranks_and_strategies(warm_ranks, data, trained,
     assert_close_courses(course(newest(tmp_path)), course(newest(one)))
     assert batches == read_batches(one / 'b', 1)
     assert len(batches) == 12 * 8
+    starts = [r for r in read_lines(newest(tmp_path))
+              if r['kind'] in ('start', 'resume')]
+    assert [(r['kind'], r['world_size']) for r in starts] == [
+        ('resume' if leg else 'start', ranks)
+        for leg, (_, ranks) in enumerate(chain)]
+    names = {'DDP': 'DDP', 'ZeRO-1': 'DDP with ZeRO-1', 'FSDP': 'FSDP2'}
+    assert [r['strategy'] for r in starts] == [
+        names[strategy] if ranks > 1 else 'single'
+        for strategy, ranks in chain]

@@ -408,7 +408,7 @@ def configure(namespace: dict, source_path: str | Path, argv: list[str],
     return parsed
 
 
-def exit_with(error: Exception, status: int = 2) -> NoReturn:
+def exit_with(error: Exception | str, status: int = 2) -> NoReturn:
     """Print an error to stderr and exit."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(status)

@@ -7,6 +7,7 @@ LOCAL_RANK and WORLD_SIZE; without them there is one process.
 import contextlib
 import gc
 import os
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -62,14 +63,20 @@ def join(ranks: Ranks, timeout_s: float):
 def set_timeout(seconds: float):
     """From now on, a collective that waits longer for a rank raises."""
     if dist.is_initialized():
-        # without an underscore there is none; torchtitan relies on it as well
+        # torch has no public name for it
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def leave():
-    if dist.is_initialized():
-        gc.collect()  # FSDP2's cycles hold the group
-        dist.destroy_process_group()
+def leave(error: BaseException | None = None):
+    """End the process group, and what may hold it: the frames that `error`
+    has come through, and cycles of FSDP2's."""
+    if not dist.is_initialized():
+        return
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def agree_max(value: int) -> int:
@@ -127,9 +134,9 @@ def contact():
             raise
         said = str(error).splitlines()[0].partition(' This is typically')[0]
         raise LostContact(
-            'lost contact with another rank, which has ended or is silent '
-            f'for longer than dist_timeout_s; its own output may say why '
-            f'({said})') from error
+            'lost contact with another rank, which has ended or was silent '
+            'for longer than step_timeout_s or dist_timeout_s allows; its own '
+            f'output may say why ({said})') from error
 
 
 class OtherRankFailed(RuntimeError):

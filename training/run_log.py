@@ -8,6 +8,7 @@
     out_dir/latest      link to the newest run
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -86,8 +87,9 @@ class Run:
                   and not math.isfinite(value) else value
                   for name, value in values.items()}
         line = json.dumps({'kind': kind, **values})
-        self._metrics.write(line.encode() + b'\n')
-        self._metrics.flush()
+        with naming(self.folder / 'metrics.jsonl'):
+            self._metrics.write(line.encode() + b'\n')
+            self._metrics.flush()
 
     def close(self):
         self._metrics.close()
@@ -140,10 +142,20 @@ def is_running(folder) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """An OSError of a write, on a full disk, does not know its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_json(path: Path, value):
     """Write aside, fsync, rename: a reader sees the old file or the new."""
     part = path.with_name(f'.{path.name}.part')
-    with open(part, 'w') as f:
+    with naming(path), open(part, 'w') as f:
         f.write(json.dumps(value, indent=2) + '\n')
         f.flush()
         os.fsync(f.fileno())

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -127,13 +126,9 @@ class Job:
                                 status='failed',
                                 reason=f'{kind.__name__}: {error}')
             self.run.close()
-        # what holds the process group must go before it can be left
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
         self.strategy.close()
-        self.model = self.strategy = None
-        leave()
+        self.model = self.strategy = None  # nothing may hold the group
+        leave(error)
 
 
 @contact()
