@@ -102,6 +102,8 @@ eval_interval: Positive = 250  # updates; also before the first and at the end
 eval_bytes: Positive | None = None  # text scored, the first whole documents;
 #   None: 1,000,000, on a CPU 20,000
 log_interval: Positive = 10
+gradient_log_interval: Positive | None = None  # updates between records of
+#   the gradient norms by groups of layers; None: none
 checkpoint_interval: Positive | None = None  # None: at evaluations only
 always_save_checkpoint: bool = False  # True: at every evaluation, not only at
 #   one that is the best so far
@@ -196,6 +198,9 @@ def train(job, stop) -> int:
                 micro_loss = micro_loss / job.accumulation
                 micro_loss.backward()
             loss += micro_loss.detach()
+        if gradient_log_interval and (step + 1) % gradient_log_interval == 0:
+            progress.record('gradients', step=step + 1,
+                            **strategy.gradient_norms())
         grad_norm = strategy.clip(grad_clip or math.inf)
         mean_loss = sum_over_ranks(loss) / job.ranks.world_size
         strategy.step(skip=guard.skip(step, loss, mean_loss, grad_norm))

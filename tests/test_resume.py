@@ -140,8 +140,9 @@ def killed(tmp_path_factory, small_qwen):
 def test_killed_and_resumed(killed, qwen_run):
     assert len(runs(killed)) == 1
     folder = newest(killed)
-    assert read_lines(folder)[-1] == {
-        'kind': 'end', 'step': 120, 'status': 'finished', 'reason': None}
+    end = read_lines(folder)[-1]
+    assert (end['kind'], end['step'], end['status']) == (
+        'end', 120, 'finished')
     assert sum(r['kind'] == 'resume' for r in read_lines(folder)) == 2
     assert_same_course(course(folder), course(qwen_run))
     assert weights(folder) == weights(qwen_run)

@@ -27,7 +27,7 @@ from model_config import ModelArchitectureConfig
 from training.dataset import open_dataset
 
 RECORDS = {
-    'start': {'kind', 'step', 'world_size', 'strategy'},
+    'start': {'kind', 'step', 'world_size', 'strategy', 'device'},
     'train': {'kind', 'step', 'loss', 'grad_norm', 'lr', 'tokens',
               'tokens_per_s', 'mfu', 'mfu_causal', 'tflops', 'memory_gb',
               'step_ms', 'time_s'},
@@ -71,13 +71,15 @@ def test_the_folder_of_a_run(gpt2_run):
 def test_metrics(gpt2_run):
     lines = read_lines(gpt2_run)
     for record in lines:
-        assert RECORDS[record['kind']] == set(record)
+        assert RECORDS[record['kind']] | {'unix_s'} == set(record)
     steps = {kind: [r['step'] for r in lines if r['kind'] == kind]
              for kind in RECORDS}
     assert steps == {'start': [0], 'train': list(range(1, 191)), 'end': [190],
                      'eval': [0, 50, 100, 150, 190]}
+    clock = [record.pop('unix_s') for record in lines]
+    assert clock == sorted(clock) and 0 < clock[-1] - clock[0] < 3600
     assert lines[0] == {'kind': 'start', 'step': 0, 'world_size': 1,
-                        'strategy': 'single'}
+                        'strategy': 'single', 'device': 'cpu (1 threads)'}
     assert lines[-1] == {'kind': 'end', 'step': 190, 'status': 'finished',
                          'reason': None}
     for record in lines[1:-1]:

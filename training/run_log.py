@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import numpy
@@ -38,7 +39,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._lock = _lock(self.folder)
+        self._lock = hold_lock(self.folder)
         self._metrics = open(self.folder / 'metrics.jsonl', 'ab')
 
     @classmethod
@@ -86,7 +87,7 @@ class Run:
         values = {name: None if isinstance(value, float)
                   and not math.isfinite(value) else value
                   for name, value in values.items()}
-        line = json.dumps({'kind': kind, **values})
+        line = json.dumps({'kind': kind, **values, 'unix_s': time.time()})
         with naming(self.folder / 'metrics.jsonl'):
             self._metrics.write(line.encode() + b'\n')
             self._metrics.flush()
@@ -109,7 +110,8 @@ class SilentRun:
         pass
 
 
-def _lock(folder: Path):
+def hold_lock(folder: Path):
+    """The open lock of a folder; RunError where another process holds it."""
     # flock, since the kernel drops it with the process, however that ends
     lock = open(folder / 'lock', 'a+')
     if fcntl is None:
@@ -153,10 +155,14 @@ def naming(path: Path):
 
 
 def write_json(path: Path, value):
+    write_whole(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_whole(path: Path, text: str):
     """Write aside, fsync, rename: a reader sees the old file or the new."""
     part = path.with_name(f'.{path.name}.part')
-    with naming(path), open(part, 'w') as f:
-        f.write(json.dumps(value, indent=2) + '\n')
+    with naming(path), open(part, 'w', encoding='utf-8') as f:
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
@@ -213,20 +219,30 @@ def read_metrics(run) -> tuple[list[dict], int]:
     A resume at step k voids what was logged beyond k before it: those steps
     were trained again.
     """
+    lines, damaged = read_lines(run)
+    records = []
+    for record in lines:
+        if record['kind'] == 'resume':
+            records = [r for r in records
+                       if r['kind'] != 'end' and r['step'] <= record['step']]
+        records.append(record)
+    return records, damaged
+
+
+def read_lines(run) -> tuple[list[dict], int]:
+    """(records as written, void ones too; number of damaged lines)."""
     records, damaged = [], 0
     path = Path(run) / 'metrics.jsonl'
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines:
         try:
             record = json.loads(line)
-            kind, step = record['kind'], record['step']
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and {'kind', 'step'} <= record.keys():
+            records.append(record)
+        else:
             damaged += bool(line.strip())
-            continue
-        if kind == 'resume':
-            records = [r for r in records
-                       if r['kind'] != 'end' and r['step'] <= step]
-        records.append(record)
     return records, damaged
 
 

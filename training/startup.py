@@ -334,7 +334,8 @@ def _run_or_checkpoint(path) -> Path:
 def open_run(resumed, start_step, parsed, record, ranks):
     """(run, its metrics so far): a new folder, or the resumed one."""
     run, records = None, []
-    spread = {key: record[key] for key in ('world_size', 'strategy')}
+    spread = {key: record[key]
+              for key in ('world_size', 'strategy', 'device')}
 
     def opened():
         nonlocal run, records

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distributed import sum_over_ranks
+from training.layer_groups import layer_group
 from training.optimizer import adamw, build_optimizer
 
 ALIGNMENT = 64  # elements; a vector load must not straddle two parameters
@@ -75,6 +76,18 @@ class Replicated:
         if self.ddp is None or last:
             return contextlib.nullcontext()
         return self.ddp.no_sync()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each group of layers, over all ranks, as it stands."""
+        squares = {}
+        n_layer = len(self.model.h)
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                squares.setdefault(layer_group(name, n_layer), []).append(
+                    sum_of_squares(local_part(p.grad)))
+        sums = torch.stack([torch.stack(s).sum() for s in squares.values()])
+        norms = self.sum_of_shards(sums).sqrt().tolist()
+        return dict(zip(squares, norms, strict=True))
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip to `max_norm`; the norm before, over all ranks, fp32."""
