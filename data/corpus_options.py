@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from data.corpus_encoder import KNOWN
+from data.corpus_tokenizer import KNOWN
 
 
 def parse_arguments(corpus, doc, arguments=None):
@@ -46,8 +46,8 @@ def parse_arguments(corpus, doc, arguments=None):
         type=count,
         default=usable_cores(),
         metavar="N",
-        help="worker processes; the bytes do not depend on it (default:"
-        " %(default)s, the cores)",
+        help="cores to use; the bytes do not depend on it (default:"
+        " %(default)s, all)",
     )
     add(
         "--on_bad_text",

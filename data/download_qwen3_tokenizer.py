@@ -277,28 +277,36 @@ def read_from_pypi():
     }
 
 
-def read_from_hub():
-    """The hub's files by name; TokenizerError where it does not answer."""
+def fetch_from_hub(repo):
+    """A repository's two files by name, from the cache where they are there.
+
+    Raises TokenizerError where the hub does not give them.
+    """
     import huggingface_hub as hub
 
-    print(f"Downloading Qwen3 tokenizer from the hub ({HUB_REPO})...")
     names = (TOKENIZER_FILE, CONFIG_FILE)
     try:
-        paths = [hub.try_to_load_from_cache(HUB_REPO, name) for name in names]
+        paths = [hub.try_to_load_from_cache(repo, name) for name in names]
         if not all(isinstance(path, str) for path in paths):
             # One short question first: hf_hub_download retries for minutes.
             hub.get_hf_file_metadata(
-                hub.hf_hub_url(HUB_REPO, TOKENIZER_FILE), timeout=HUB_TIMEOUT_S
+                hub.hf_hub_url(repo, TOKENIZER_FILE), timeout=HUB_TIMEOUT_S
             )
-            paths = [hub.hf_hub_download(HUB_REPO, name) for name in names]
+            paths = [hub.hf_hub_download(repo, name) for name in names]
         return dict(zip(names, (Path(path).read_bytes() for path in paths)))
     # Any: huggingface_hub has changed its HTTP library twice, and with it the
     # classes that a lost connection raises. Nothing is hidden, see the text.
     except Exception as error:
         said = " ".join(str(error).split())
         raise TokenizerError(
-            f"the hub gave no {HUB_REPO}: {type(error).__name__}: {said}"
+            f"the hub gave no {repo}: {type(error).__name__}: {said}"
         ) from error
+
+
+def read_from_hub():
+    """The hub's files by name; TokenizerError where it does not answer."""
+    print(f"Downloading Qwen3 tokenizer from the hub ({HUB_REPO})...")
+    return fetch_from_hub(HUB_REPO)
 
 
 SOURCES = {"hub": read_from_hub, "pypi": read_from_pypi}  # in auto's order

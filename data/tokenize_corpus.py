@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus_readers
-from data.corpus_encoder import Encoder, load_tokenizer
+from data.corpus_encoder import BlockEncoder, Encoder, encoded
 from data.corpus_options import parse_arguments
 from data.corpus_readers import (
     HUB,
@@ -38,7 +38,7 @@ from data.corpus_readers import (
     find_inputs,
     read_blocks,
 )
-from data.corpus_workers import BlockEncoder, Settings, Workers
+from data.corpus_tokenizer import load_tokenizer
 from training.dataset_record import SPLITS, DatasetError, bins, part_path
 from training.dataset_writer import BinWriter, DatasetWriter, sync_folder
 
@@ -65,13 +65,7 @@ class Job:
         self.folder, self.name = options.out, options.name
         self.work = options.out / WORK_FOLDER
         self.tokenizer, self.files = tokenizer, files
-        self.settings = Settings(
-            options.column,
-            options.on_bad_text,
-            options.val_share,
-            SEED,
-        )
-        self.max_documents = options.max_documents
+        self.options = options
         self.part_tokens = corpus.part_tokens
         size = corpus.files_per_lane or max(len(files), 1)
         if options.max_documents is not None:
@@ -113,9 +107,9 @@ class Job:
             "records": counts["records"],
             "left_out": {k: counts[k] for k in ("empty", "skipped")},
             "replaced": counts["replaced"],
-            "on_bad_text": self.settings.on_bad_text,
-            "max_documents": self.max_documents,
-            "val_share": self.settings.val_share,
+            "on_bad_text": self.options.on_bad_text,
+            "max_documents": self.options.max_documents,
+            "val_share": self.options.val_share,
             "seed": SEED,
             "split": "by a seeded hash of each document's text",
             "special_tokens": "encoded as plain text",
@@ -246,16 +240,14 @@ class Part:
     def tokens(self):
         return sum(writer.tokens for writer in self._bins.values())
 
-    def add(self, records, encoded, counts):
+    def add(self, documents_of, counts):
         self.counts += counts
-        self.counts["records"] += records
-        for split, documents in encoded.items():
-            if documents is None:
-                continue
+        for split, documents in documents_of.items():
             if split not in self._bins:
                 path = self.work / f"{self.stem}.{split}.bin"
                 self._bins[split] = BinWriter(path)
-            self._bins[split].add(documents.ids)
+            for ids in documents.ids:
+                self._bins[split].add(ids)
             self._lengths[split].append(documents.lengths)
             self._digests[split] += documents.digests
 
@@ -288,25 +280,23 @@ class Part:
             writer.abort()
 
 
-def prepare_lane(job, lane, workers, progress):
+def prepare_lane(job, lane, encode, progress):
     """Write the parts of a lane that are missing."""
     parts = finished_parts(job, lane)
     if parts and parts[-1]["last"]:
         return
-    files = job.lanes[lane]
+    files, options = job.lanes[lane], job.options
     start = tuple(parts[-1]["next"]) if parts else (0, 0)
-    left = job.max_documents
-    if left is not None:
-        left -= sum(part["counts"]["records"] for part in parts)
-    blocks = first_records(
-        read_blocks(files, start, job.settings.column), left
-    )
-    part = Part(job.work, f"{lane:05d}_{len(parts):05d}")
+    blocks = read_blocks(files, start, options.column)
+    if options.max_documents is not None:
+        done = sum(part["counts"]["records"] for part in parts)
+        blocks = first_records(blocks, options.max_documents - done)
     number = len(parts)
+    part = Part(job.work, f"{lane:05d}_{number:05d}")
     try:
-        for records, block, (encoded, counts) in workers.encoded(blocks):
-            part.add(records, encoded, counts)
-            progress.show(lane, block, encoded)
+        for block, result in encoded(blocks, encode, options.num_proc):
+            part.add(*result)
+            progress.show(lane, block, result[0])
             if part.tokens >= job.part_tokens:
                 part.finish(block.next, last=False)
                 number += 1
@@ -318,13 +308,10 @@ def prepare_lane(job, lane, workers, progress):
 
 
 def first_records(blocks, limit):
-    """The blocks up to `limit` records in all; None for no limit."""
-    if limit is None:
-        yield from blocks
-        return
+    """The blocks up to `limit` records in all."""
     while limit > 0 and (block := next(blocks, None)):
-        block = block.head(limit)
-        limit -= block.records
+        block = block._replace(records=block.records[:limit])
+        limit -= len(block.records)
         yield block
 
 
@@ -340,11 +327,11 @@ class Progress:
             total=sum(sizes), unit="B", unit_scale=True, desc="reading"
         )
 
-    def show(self, lane, block, encoded):
-        for documents in encoded.values():
-            if documents is not None:
-                self.tokens += len(documents.ids)
-                self.text += int(documents.lengths[:, 1].sum())
+    def show(self, lane, block, documents_of):
+        for documents in documents_of.values():
+            tokens, text = documents.lengths.sum(axis=0).tolist()
+            self.tokens += tokens
+            self.text += text
         seconds = time.perf_counter() - self._start
         self.bar.set_postfix_str(
             f"text {self.text / 1e6 / seconds:.1f} MB/s,"
@@ -412,7 +399,7 @@ def check_both_splits(job, parts):
         records = sum(part["counts"]["records"] for part in parts)
         raise CorpusError(
             f"of {records} records no document went to {' and '.join(empty)}"
-            f" at --val_share={job.settings.val_share}; give more documents,"
+            f" at --val_share={job.options.val_share}; give more documents,"
             " or another share with --val_share and --overwrite"
         )
 
@@ -453,16 +440,19 @@ def prepare(options, corpus):
 
 
 def prepare_lanes(job, lanes, options):
-    forced = options.encoder == "tokenizers"
-    encoder = Encoder(job.tokenizer, "--encoder=tokenizers" if forced else None)
+    fallback = None
+    if options.encoder == "tokenizers":
+        fallback = "--encoder=tokenizers"
+    encoder = Encoder(job.tokenizer, fallback, options.num_proc)
     describe(job, encoder.fallback, options.num_proc)
-    encode = BlockEncoder(job.settings, encoder)
-    with Workers(encode, options.num_proc) as workers:
-        progress = Progress(job, lanes)
-        with progress.bar:
-            for lane in lanes:
-                with locked(job.work / f"{lane:05d}.lock"):
-                    prepare_lane(job, lane, workers, progress)
+    encode = BlockEncoder(
+        encoder, options.column, options.on_bad_text, options.val_share, SEED
+    )
+    progress = Progress(job, lanes)
+    with progress.bar:
+        for lane in lanes:
+            with locked(job.work / f"{lane:05d}.lock"):
+                prepare_lane(job, lane, encode, progress)
 
 
 def describe(job, fallback, num_proc):
@@ -478,7 +468,7 @@ def describe(job, fallback, num_proc):
     size = sum(file.size for file in job.files)
     print(
         f"{len(job.files):,} files, {size / 1e9:.2f} GB, {len(job.lanes)}"
-        f" lane(s), {num_proc} worker(s), into {job.folder}"
+        f" lane(s), {num_proc} core(s), into {job.folder}"
     )
 
 

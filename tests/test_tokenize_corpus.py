@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+import zlib
 
 import datasets
 import numpy as np
@@ -34,8 +35,9 @@ from tokenizers import (
 )
 
 from data import corpus_encoder, corpus_readers
-from data.corpus_encoder import Encoder, load_tokenizer
+from data.corpus_encoder import Encoder
 from data.corpus_readers import CorpusError, find_inputs
+from data.corpus_tokenizer import load_tokenizer
 from training.dataset import open_dataset, verify
 
 EOT = 598  # of the tiny tokenizer
@@ -334,31 +336,35 @@ def test_rare_characters_are_encoded_as_the_reference_does(
     assert any(s != unicodedata.normalize("NFC", s)
                for s in strings)
     assert sum(
-        corpus_encoder.unknown_characters()[list(map(ord, s))].any()
-        for s in strings
+        (encoder._kind(s) == corpus_encoder.RARE).any() for s in strings
     ) > 100
     # Words, of which a part is encoded by the reference alone, and pieces.
     strings += ["x y".join(strings[n : n + 9]) for n in range(0, 1400, 7)]
+    strings += ["\n".join(strings[n : n + 9]) for n in range(0, 1400, 7)]
     strings.append("a\u0301 line x y" * 50 + "\U00011de9 x\n\nlast e\u0301")
     monkeypatch.setattr(corpus_encoder, "PIECE_BYTES", 40)
-    assert len(encoder._pieces(strings[-1].encode())) > 9
     data = [string.encode() for string in strings]
-    ids, cuts = encoder.encode_rows(data)
-    expected = reference(tiny_tokenizer).encode_batch(strings)
-    assert [row.tolist() for row in np.split(ids, cuts)] == [
-        e.ids for e in expected
+    batches = list(encoder.batches(data))
+    assert sum(map(len, batches)) > len(strings) + 500
+    assert encoded_ids(encoder, data) == [
+        e.ids for e in reference(tiny_tokenizer).encode_batch(strings)
     ]
+
+
+def encoded_ids(encoder, data):
+    """The ids of each document, without end-of-text."""
+    arrays, tokens, _ = encoder.encode_documents(data)
+    rows = np.split(np.concatenate(arrays), np.cumsum(tokens)[:-1])
+    assert [row[-1] for row in rows] == [encoder.eot_id] * len(data)
+    return [row[:-1].tolist() for row in rows]
 
 
 def test_special_tokens_are_plain_text(tiny_tokenizer):
     tokenizer = load_tokenizer(str(tiny_tokenizer))
     encoder = Encoder(tokenizer)
     assert encoder.fallback is None
-    ids, counts = encoder.encode_documents(
-        [b"<|endoftext|>", b"<think>x"]
-    )
-    assert (ids == EOT).sum() == 2 and (ids == EOT + 1).sum() == 0
-    assert ids[counts[0] - 1] == ids[-1] == EOT and counts.sum() == len(ids)
+    found = encoded_ids(encoder, [b"<|endoftext|>", b"<think>x"])
+    assert EOT not in sum(found, []) and EOT + 1 not in sum(found, [])
 
 
 def sentencepiece_like(path):
@@ -425,15 +431,15 @@ def test_tokenizer_that_gigatoken_does_not_load(
 def test_a_wrong_id_of_the_fast_library_is_found(tiny_tokenizer):
     encoder = Encoder(load_tokenizer(str(tiny_tokenizer)))
     texts = [text.encode() for text in make_texts(20)]
-    ids, counts = encoder.encode_documents(texts)
-    digest = bytes(32)  # begins with document 0
-    assert encoder.check_sample(texts, ids, counts, digest) > 5
-    ids[3] += 1
+    rows = encoder.encode_pieces(texts)
+    first = zlib.crc32(texts[0]) % 20  # where the sample begins
+    assert encoder.check_sample(texts, rows) == 20 - first > 2
+    rows[first] = rows[first].copy()
+    rows[first][3] += 1
     with pytest.raises(CorpusError, match="gigatoken and tokenizers disagree"):
-        encoder.check_sample(texts, ids, counts, digest)
+        encoder.check_sample(texts, rows)
     long = [b"word " * 20_000]
-    ids, counts = encoder.encode_documents(long)
-    assert encoder.check_sample(long, ids, counts, digest) == 1
+    assert encoder.check_sample(long, encoder.encode_pieces(long)) == 1
 
 
 def test_ids_beyond_vocab_size_are_refused(lines, tiny_tokenizer, tmp_path):
