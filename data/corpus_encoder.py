@@ -129,9 +129,10 @@ class Encoder:
         # Without a word pattern no class of characters matters.
         self._classes = content["pre_tokenizer"] is not None
         self._kinds = np.full(0x110000, UNASKED, np.uint8)
-        # None: gigatoken finds out that it runs in a fork, where the threads
-        # of its pool are lost.
-        self._parallel = None if num_proc > 1 else False
+        # A second core has enough to do: reading, hashing, writing. None:
+        # gigatoken finds out that it runs in a fork, where the threads of its
+        # pool are lost.
+        self._parallel = None if num_proc > 2 else False
         self._lock = Lock()
         self._fast, self._limit = None, 0
         self.fallback = fallback or self._load_fast()

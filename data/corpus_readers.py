@@ -29,7 +29,13 @@ LONG_BYTES = 2**24
 # Where a JSON string may be cut: after six bytes no escape is open, nor is
 # half of a surrogate pair behind; never inside a character.
 NO_ESCAPE = re.compile(rb"(?<=[^\\]{6})[\x00-\x7f\xc0-\xff]")
-TEXT_TYPES = ("string", "binary", "string_view", "binary_view")
+# Of columns: as what to look at their UTF-8.
+BINARY = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+TEXT_TYPES = (*BINARY, *BINARY.values())
 # Longest suffix first; the compressions are pyarrow's names.
 FORMATS = {
     ".jsonl.zst": ("lines", "zstd"),
@@ -325,7 +331,7 @@ def _read_arrow(file, path, column):
 def _texts_of(array):
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    return array.cast(pa.large_binary()).to_pylist()
+    return array.view(BINARY.get(array.type, array.type)).to_pylist()
 
 
 def _check_column(path, schema, column):
@@ -336,7 +342,7 @@ def _check_column(path, schema, column):
         )
     kind = schema.field(column).type
     kind = getattr(kind, "value_type", kind)  # of a dictionary
-    if str(kind).removeprefix("large_") not in TEXT_TYPES:
+    if kind not in TEXT_TYPES:
         raise CorpusError(
             f"{path}: column {column!r} holds {kind}, not text; name another"
             " one: --column NAME"

@@ -96,18 +96,16 @@ class CorpusTokenizer(NamedTuple):
             if token["special"]
         } | {self.record["eot_token"]}
         model = dict(self.content["model"])
-        if "merges" in model:
+        if "merges" in model:  # pairs; in older files with a space between
             model["merges"] = [
                 merge
                 for merge in model["merges"]
-                if _joined(merge) not in special
+                if "".join(
+                    merge.split(" ") if isinstance(merge, str) else merge
+                ) not in special
             ]
         none = {"added_tokens": [], "truncation": None, "padding": None}
         return self.content | none | {"model": model}
-
-
-def _joined(merge):
-    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 
 def load_tokenizer(spec, known=None, eot_token=None, vocab_size=None):
