@@ -13,6 +13,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
@@ -24,7 +25,7 @@ import numpy as np
 import psutil
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from data.corpus_readers import BLOCK_BYTES, CorpusError, texts
+from data.corpus_readers import CorpusError, texts
 from data.download_qwen3_tokenizer import SPLIT_PATTERN
 from training.dataset_record import SPLITS
 from training.dataset_writer import checked_ids
@@ -275,19 +276,17 @@ class Encoder:
         if batch:
             yield batch
 
-    def encode_documents(self, documents):
-        """(ids with an end-of-text id after each document, tokens of each,
-        number of texts that the reference has checked).
+    def encode_documents(self, documents, tokens, counts):
+        """Arrays of ids (uint32), with an end-of-text id after each document.
 
-        The ids are uint32, in as many arrays as there were batches. Raises
-        DatasetError for an id that has no row, CorpusError for an
-        end-of-text id inside a document.
+        Adds the tokens of each document to the list `tokens`, and the texts
+        that the reference has checked to `counts`. Raises DatasetError for an
+        id that has no row, CorpusError for an end-of-text id in a document.
         """
-        arrays, tokens, checked = [], [0] * len(documents), 0
         for batch in self.batches(documents):
             numbers, pieces, last = zip(*batch)
             rows = self.encode_pieces(pieces)
-            checked += self.check_sample(pieces, rows)
+            counts["checked"] += self.check_sample(pieces, rows)
             size = sum(map(len, rows)) + sum(last)
             ids, end = np.empty(size, np.uint32), 0
             for number, row, is_last in zip(numbers, rows, last):
@@ -303,11 +302,10 @@ class Encoder:
                     f"the tokenizer makes {self.eot_token} out of plain text;"
                     " name another end-of-text token with --eot_token"
                 )
-            arrays.append(ids)
-        if self._fast is not None:
-            with self._lock:
-                self._limit_cache()
-        return arrays, tokens, checked
+            if self._fast is not None:
+                with self._lock:
+                    self._limit_cache()
+            yield ids
 
     def check_sample(self, pieces, rows):
         """Compare a few rows with the reference; the number compared.
@@ -339,9 +337,10 @@ class Encoder:
 class Encoded(NamedTuple):
     """The documents of one split in one block."""
 
-    ids: list[np.ndarray]  # uint32, an end-of-text id after each document
-    lengths: np.ndarray  # uint64 (documents, 2): tokens, UTF-8 bytes
-    digests: bytes  # SHA-256 of each document
+    ids: Iterable[np.ndarray]  # uint32, end-of-text after each document
+    tokens: list[int]  # of each document, counted as `ids` are made
+    sizes: list[int]  # their UTF-8 bytes
+    digests: bytes  # SHA-256 of each, joined
 
 
 class BlockEncoder:
@@ -364,7 +363,10 @@ class BlockEncoder:
         return "val" if val else "train"
 
     def __call__(self, block):
-        """({split: Encoded}, counts of what became of the records)."""
+        """({split: Encoded}, counts of what became of the records).
+
+        The ids of a huge document are made only as they are written.
+        """
         kept = {split: ([], []) for split in SPLITS}
         counts = Counter(records=len(block.records))
         for text, fault in texts(block, self.column, self.on_bad_text):
@@ -382,12 +384,18 @@ class BlockEncoder:
         result = {}
         for split, (documents, digests) in kept.items():
             if documents:
-                ids, tokens, checked = self.encoder.encode_documents(documents)
+                tokens = [0] * len(documents)
+                ids = self.encoder.encode_documents(documents, tokens, counts)
+                if not is_huge(block):
+                    ids = list(ids)
                 sizes = [len(document) for document in documents]
-                lengths = np.array([tokens, sizes], np.uint64).T
-                result[split] = Encoded(ids, lengths, b"".join(digests))
-                counts["checked"] += checked
+                digests = b"".join(digests)
+                result[split] = Encoded(ids, tokens, sizes, digests)
         return result, counts
+
+
+def is_huge(block):
+    return max(len(record or b"") for record in block.records) > BATCH_BYTES
 
 
 def is_blank(text):
@@ -419,7 +427,7 @@ def encoded(blocks, encode, num_proc):
 
     try:
         for block in blocks:
-            huge = any(len(r or b"") > BLOCK_BYTES for r in block.records)
+            huge = is_huge(block)
             waiting.append(
                 (block._replace(records=[]), pool.submit(encode, block))
             )

@@ -304,7 +304,8 @@ def _read_full(stream):
 
 
 def _read_parquet(file, path, column):
-    # Its pre_buffer would keep all that was read until the file ends.
+    # The other pools keep what was freed, and pre_buffer all that was read.
+    pa.set_memory_pool(pa.system_memory_pool())
     with pq.ParquetFile(path, pre_buffer=False) as table:
         _check_column(path, table.schema_arrow, column)
         metadata, size, done = table.metadata, 1, 0

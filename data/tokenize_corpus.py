@@ -241,15 +241,16 @@ class Part:
         return sum(writer.tokens for writer in self._bins.values())
 
     def add(self, documents_of, counts):
-        self.counts += counts
         for split, documents in documents_of.items():
             if split not in self._bins:
                 path = self.work / f"{self.stem}.{split}.bin"
                 self._bins[split] = BinWriter(path)
             for ids in documents.ids:
                 self._bins[split].add(ids)
-            self._lengths[split].append(documents.lengths)
+            lengths = [documents.tokens, documents.sizes]
+            self._lengths[split].append(np.array(lengths, np.uint64).T)
             self._digests[split] += documents.digests
+        self.counts += counts
 
     def finish(self, next_block, last):
         """Make the part durable; its record is written last."""
@@ -329,9 +330,8 @@ class Progress:
 
     def show(self, lane, block, documents_of):
         for documents in documents_of.values():
-            tokens, text = documents.lengths.sum(axis=0).tolist()
-            self.tokens += tokens
-            self.text += text
+            self.tokens += sum(documents.tokens)
+            self.text += sum(documents.sizes)
         seconds = time.perf_counter() - self._start
         self.bar.set_postfix_str(
             f"text {self.text / 1e6 / seconds:.1f} MB/s,"
