@@ -300,7 +300,12 @@ def run_all(options, work):
 
     def note(name, size, result):
         found.setdefault((name, size), []).append(result)
-        print(f"  {name}, {size}: {result[0]:.1f} s", file=sys.stderr)
+        seconds, cpu, peak, tokens = result
+        print(
+            f"  {name}, {size}: {seconds:.1f} s, {cpu:.1f} s of processors,"
+            f" {peak / 1e9:.2f} GB, {tokens:,} tokens",
+            file=sys.stderr,
+        )
         return result
 
     def ours(kind, size):

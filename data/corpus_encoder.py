@@ -1,7 +1,7 @@
 """Encoding documents, exactly and fast, on one core or on many.
 
 `tokenizers` is the reference. gigatoken gives the same ids 20 to 80 times
-faster, apart from rare characters, which the reference encodes.
+faster; what has rare characters, the reference encodes.
 Special-token text inside a document is plain text.
 
     python data/custom/prepare.py --input FILE --tokenizer qwen3 --name mine
@@ -41,9 +41,8 @@ BATCH_BYTES = 2**24
 # Where a text may be cut: no match of the patterns below goes on from a
 # letter to a space, and but for GPT-2's none looks beyond the end of a line;
 # NFC changes nothing across either.
-WORD = r"(?<=[A-Za-z])(?= [A-Za-z])"
-LINE = "(?<=\n)(?=[!-~\u00c0-\u07ff\u4000-\U0010ffff])"
-LINE_OF_BYTES = rb"(?<=\n)(?=[!-~\xc3-\xdf\xe4-\xf4])"
+WORD = rb"(?<=[A-Za-z])(?= [A-Za-z])"
+LINE = rb"(?<=\n)(?=[!-~\xc3-\xdf\xe4-\xf4])"
 LINE_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("N}|", "N}{1,3}|"))
 
 # Where libraries could part: scripts, digits, spaces, joiners, code.
@@ -65,8 +64,8 @@ PLAIN, MARK, RARE, UNASKED = range(4)
 ASCII = bytes(range(128))
 
 
-def borders(content):
-    """Patterns (of bytes, of str) of where a tokenizer's texts may be cut.
+def border_of(content):
+    """The pattern of where a tokenizer's texts may be cut.
 
     None where nothing is known of its word pattern.
     """
@@ -80,12 +79,9 @@ def borders(content):
     ):
         return None
     if not splits and last["use_regex"]:  # GPT-2's
-        return re.compile(WORD.encode()), re.compile(WORD)
+        return re.compile(WORD)
     if len(patterns) == 1 and patterns[0] in LINE_PATTERNS:
-        return (
-            re.compile(WORD.encode() + b"|" + LINE_OF_BYTES),
-            re.compile(f"{WORD}|{LINE}"),
-        )
+        return re.compile(WORD + b"|" + LINE)
     return None
 
 
@@ -115,7 +111,7 @@ class Encoder:
         self.vocab_size = tokenizer.vocab_size
         self.eot_id = tokenizer.record["eot_id"]
         self.eot_token = tokenizer.record["eot_token"]
-        self._borders = borders(content)
+        self._border = border_of(content)
         # gigatoken's NFC has newer tables than the reference's; so it is done
         # here, by the reference's own for what Python finds is not NFC. Where
         # Python finds that it is, so do the older tables.
@@ -187,22 +183,20 @@ class Encoder:
                 continue
             kind = self._kind(piece.translate(None, ASCII).decode()).max()
             if kind == RARE and self._classes:
-                rare[i] = self._encode_rare(piece.decode())
+                rare[i] = self.encode(piece)
                 plain[i] = b"-"  # its place is kept, its ids are not
-            elif kind >= MARK:
-                plain[i] = self._normal(piece.decode())
-        rows = self._encode_fast(plain)
+            elif kind >= MARK and self._nfc:
+                text = piece.decode()
+                if not unicodedata.is_normalized("NFC", text):
+                    plain[i] = self._nfc.normalize_str(text).encode()
+        with self._lock:  # it has one of its own, but would wait holding Python
+            batch = self._fast.encode_batch(plain, parallel=self._parallel)
+        ids = np.asarray(batch.layout.content.data)
+        ends = batch.layout.offsets.data.tolist()
+        rows = [ids[start:end] for start, end in zip(ends, ends[1:])]
         for i, row in rare.items():
             rows[i] = row
         return rows
-
-    def _encode_fast(self, pieces):
-        with self._lock:  # it has one of its own, but would wait holding Python
-            layout = self._fast.encode_batch(
-                pieces, parallel=self._parallel
-            ).layout
-        ids, ends = np.asarray(layout.content.data), layout.offsets.data.tolist()
-        return [ids[a:b] for a, b in zip(ends, ends[1:])]
 
     def _kind(self, text):
         """The kind of each character, uint8.
@@ -226,34 +220,6 @@ class Encoder:
             kinds = self._kinds[points]
         return kinds
 
-    def _normal(self, text):
-        """Its UTF-8 after the tokenizer's own NFC, if it has one."""
-        if self._nfc and not unicodedata.is_normalized("NFC", text):
-            text = self._nfc.normalize_str(text)
-        return text.encode()
-
-    def _encode_rare(self, text):
-        """Ids of a text with rare characters.
-
-        Words with them are encoded by the reference, those between by
-        gigatoken.
-        """
-        starts = [0]
-        if self._borders:
-            starts += (m.start() for m in self._borders[1].finditer(text))
-        starts.append(len(text))
-        places = np.flatnonzero(self._kind(text) == RARE)
-        ids, done = [], 0
-        for n in np.unique(np.searchsorted(starts, places, "right") - 1):
-            start, end = starts[n], starts[n + 1]
-            if start > done:
-                ids += self._encode_fast([self._normal(text[done:start])])
-            ids.append(self.encode(text[start:end].encode()))
-            done = end
-        if done < len(text):
-            ids += self._encode_fast([self._normal(text[done:])])
-        return np.concatenate(ids)
-
     def batches(self, documents):
         """Lists of (number, piece, is it the last) of documents, in order."""
         batch, size = [], 0
@@ -261,10 +227,8 @@ class Encoder:
             start = 0
             while start < len(document):
                 end = len(document)
-                if end - start > PIECE_BYTES and self._borders and (
-                    cut := self._borders[0].search(
-                        document, start + PIECE_BYTES
-                    )
+                if end - start > PIECE_BYTES and self._border and (
+                    cut := self._border.search(document, start + PIECE_BYTES)
                 ):
                     end = cut.start()
                 batch.append((i, document[start:end], end == len(document)))

@@ -28,10 +28,12 @@ from corpus_cases import (
 )
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
+    pre_tokenizers,
     trainers,
 )
 
@@ -359,6 +361,61 @@ def encoded_ids(encoder, data):
     rows = np.split(np.concatenate(arrays), np.cumsum(tokens)[:-1])
     assert [row[-1] for row in rows] == [encoder.eot_id] * len(data)
     return [row[:-1].tolist() for row in rows]
+
+
+def words_of(pattern):
+    """Content of a tokenizer with a word pattern, GPT-2's for None."""
+    last = pre_tokenizers.ByteLevel(False, use_regex=pattern is None)
+    steps = [last]
+    if pattern:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    words = pre_tokenizers.Sequence(steps) if pattern else last
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = words
+    return words, json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("pattern", [None, *corpus_encoder.LINE_PATTERNS])
+def test_pieces_are_cut_where_words_end(pattern):
+    words, content = words_of(pattern)
+    border, cuts = corpus_encoder.border_of(content), 0
+    spaces = [" ", "  ", "\n", " \n", "\r\n", "\n\n", "\t", "\u3000\n", ". "]
+    rng = random.Random(2)
+    for string in random_strings(1000):
+        text = "".join(
+            part + rng.choice(("", "a", "."))
+            + rng.choice(spaces) + rng.choice(("a", "", "'s", "\u4f60"))
+            for part in re.split("([ \n])", string)
+        )
+        data = text.encode()
+        starts = [0, *(m.start() for m in border.finditer(data)), len(data)]
+        pieces = [data[i:j].decode() for i, j in zip(starts, starts[1:])]
+        cuts += len(pieces) - 1
+        found = [w for p in pieces for w, _ in words.pre_tokenize_str(p)]
+        assert found == [w for w, _ in words.pre_tokenize_str(text)], text
+    assert cuts > 100
+
+
+def test_other_word_patterns_are_never_cut():
+    _, content = words_of(r"\p{L}+( \p{L}+)*|\s+|.")
+    assert corpus_encoder.border_of(content) is None
+    content["pre_tokenizer"] = None
+    assert corpus_encoder.border_of(content) is None
+    _, content = words_of(None)
+    content["normalizer"] = {"type": "Prepend", "prepend": "x"}
+    assert corpus_encoder.border_of(content) is None
+
+
+def test_long_json_strings_are_decoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(corpus_readers, "LONG_BYTES", 5)
+    texts = [*random_strings(200), '"\\"\\\\ \\', "\U0001f469" * 9 + '"' * 9]
+    for text in texts:
+        for ascii in (True, False):
+            record = {"n": [1], "text": text, "b": '"text": "x"'}
+            line = json.dumps(record, ensure_ascii=ascii).encode()
+            block = corpus_readers.Block(["f"], 0, [line], True, 0, (0, 1))
+            found = list(corpus_readers.texts(block, "text", "stop"))
+            assert found == [(text.encode(), None)]
 
 
 def test_special_tokens_are_plain_text(tiny_tokenizer):
