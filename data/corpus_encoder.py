@@ -131,10 +131,8 @@ class Encoder:
         # pool are lost.
         self._parallel = None if num_proc > 2 else False
         self._lock = Lock()
-        self._fast, self._limit = None, 0
+        self._fast, self._limit, self.fallback = None, 0, fallback
         self.fallback = fallback or self._load_fast()
-        if self.fallback:
-            self._fast = None
 
     def _load_fast(self):
         """Why gigatoken cannot be used, or None."""
@@ -153,14 +151,15 @@ class Encoder:
 
         It forgets none, and a corpus has new ones without end.
         """
-        resident = psutil.Process().memory_info().rss
-        if resident < self._limit:
-            return
-        if self._limit:
-            self._fast = None  # first free, then load
-            self._fast = gigatoken.Tokenizer.from_json(self._content)
+        with self._lock:
             resident = psutil.Process().memory_info().rss
-        self._limit = max(self._limit, resident + CACHE_BYTES)
+            if self.fallback or resident < self._limit:
+                return
+            if self._limit:
+                self._fast = None  # first free, then load
+                self._fast = gigatoken.Tokenizer.from_json(self._content)
+                resident = psutil.Process().memory_info().rss
+            self._limit = max(self._limit, resident + CACHE_BYTES)
 
     def encode(self, document):
         """The reference's ids of one document, uint32."""
@@ -171,7 +170,7 @@ class Encoder:
 
     def encode_pieces(self, pieces):
         """A row of ids (uint32) for each document or piece of one."""
-        if self._fast is None:
+        if self.fallback:
             texts = [piece.decode() for piece in pieces]
             encodings = self._reference.encode_batch_fast(
                 texts, add_special_tokens=False
@@ -266,9 +265,7 @@ class Encoder:
                     f"the tokenizer makes {self.eot_token} out of plain text;"
                     " name another end-of-text token with --eot_token"
                 )
-            if self._fast is not None:
-                with self._lock:
-                    self._limit_cache()
+            self._limit_cache()
             yield ids
 
     def check_sample(self, pieces, rows):
@@ -277,7 +274,7 @@ class Encoder:
         Which ones, a checksum decides. Of a long text the first SAMPLE_BYTES
         are encoded anew, by both libraries.
         """
-        if self._fast is None:
+        if self.fallback:
             return 0
         left, checked = SAMPLE_BYTES, 0
         for i in range(zlib.crc32(pieces[0]) % len(pieces), len(pieces)):
@@ -359,7 +356,8 @@ class BlockEncoder:
 
 
 def is_huge(block):
-    return max(len(record or b"") for record in block.records) > BATCH_BYTES
+    sizes = (len(record or b"") for record in block.records)
+    return max(sizes, default=0) > BATCH_BYTES
 
 
 def is_blank(text):

@@ -261,20 +261,14 @@ class Part:
             arrays[f"{split}_lengths"] = np.concatenate(self._lengths[split])
             digests = np.frombuffer(self._digests[split], np.uint8)
             arrays[f"{split}_digests"] = digests
-        path = self.work / f"{self.stem}.npz"
-        with open(path, "wb") as file:
+        with open(self.work / f"{self.stem}.npz", "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        record = {
-            "next": next_block,
-            "last": last,
-            "counts": dict(self.counts),
-            "bins": records,
-        }
-        write_durably(
-            self.work / f"{self.stem}.json", json.dumps(record).encode()
-        )
+        record = {"next": next_block, "last": last, "bins": records}
+        record["counts"] = dict(self.counts)
+        path = self.work / f"{self.stem}.json"
+        write_durably(path, json.dumps(record).encode())
 
     def abort(self):
         for writer in self._bins.values():
@@ -321,8 +315,7 @@ class Progress:
 
     def __init__(self, job, lanes):
         self.text = self.tokens = 0
-        self._start = time.perf_counter()
-        sizes = [sum(f.size for f in job.lanes[lane]) for lane in lanes]
+        sizes = [sum(file.size for file in job.lanes[lane]) for lane in lanes]
         self._before = dict(zip(lanes, np.cumsum([0, *sizes]).tolist()))
         self.bar = tqdm(
             total=sum(sizes), unit="B", unit_scale=True, desc="reading"
@@ -332,7 +325,7 @@ class Progress:
         for documents in documents_of.values():
             self.tokens += sum(documents.tokens)
             self.text += sum(documents.sizes)
-        seconds = time.perf_counter() - self._start
+        seconds = time.time() - self.bar.start_t
         self.bar.set_postfix_str(
             f"text {self.text / 1e6 / seconds:.1f} MB/s,"
             f" {self.tokens / 1e6 / seconds:.2f} M tokens/s",
@@ -360,14 +353,22 @@ def merge(job, overwrite):
             f" {', '.join(map(str, missing[:20]))}; run the shards that have"
             " them (lane k belongs to shard k mod n)"
         )
-    check_both_splits(job, [part for _, part in parts])
+    source = job.source([part for _, part in parts])
+    bins_of = Counter(split for _, part in parts for split in part["bins"])
+    if empty := [split for split in SPLITS if not bins_of[split]]:
+        raise CorpusError(
+            f"of {source['records']} records no document went to"
+            f" {' and '.join(empty)} at --val_share={source['val_share']}; give"
+            " more documents, or another share with --val_share and"
+            " --overwrite"
+        )
     with DatasetWriter(
         job.folder,
         name=job.name,
         vocab_size=job.tokenizer.vocab_size,
         tokenizer=job.tokenizer.record,
-        source=job.source([part for _, part in parts]),
-        shard_tokens=job.part_tokens if several_bins(parts) else None,
+        source=source,
+        shard_tokens=job.part_tokens if max(bins_of.values()) > 1 else None,
         overwrite=overwrite,
     ) as writer:
         for name, content in job.tokenizer.files.items():
@@ -387,23 +388,6 @@ def merge(job, overwrite):
     return meta, sum(part["counts"].get("checked", 0) for _, part in parts)
 
 
-def several_bins(parts):
-    found = Counter(split for _, part in parts for split in part["bins"])
-    return max(found.values()) > 1
-
-
-def check_both_splits(job, parts):
-    found = {split for part in parts for split in part["bins"]}
-    empty = [split for split in SPLITS if split not in found]
-    if empty:
-        records = sum(part["counts"]["records"] for part in parts)
-        raise CorpusError(
-            f"of {records} records no document went to {' and '.join(empty)}"
-            f" at --val_share={job.options.val_share}; give more documents,"
-            " or another share with --val_share and --overwrite"
-        )
-
-
 # The command
 
 
@@ -412,8 +396,8 @@ def prepare(options, corpus):
     tokenizer = load_tokenizer(
         options.tokenizer,
         corpus.tokenizer,
-        getattr(options, "eot_token", None),
-        getattr(options, "vocab_size", None),
+        options.eot_token,
+        options.vocab_size,
     )
     job = Job(options, corpus, tokenizer, corpus_files(options))
     if is_done(job, options.overwrite):
@@ -421,10 +405,10 @@ def prepare(options, corpus):
         print(f"{job.folder} already holds this dataset: nothing to do")
         return
     begin(job, options.overwrite)
-    if not getattr(options, "merge", False):
-        index, total = getattr(options, "shard", None) or (0, 1)
+    if not options.merge:
+        index, total = options.shard or (0, 1)
         prepare_lanes(job, list(range(index, len(job.lanes), total)), options)
-        if getattr(options, "shard", None):
+        if options.shard:
             print(
                 f"shard {index}/{total} is prepared; when all are, run this"
                 " command with --merge"
@@ -440,11 +424,10 @@ def prepare(options, corpus):
 
 
 def prepare_lanes(job, lanes, options):
-    fallback = None
-    if options.encoder == "tokenizers":
-        fallback = "--encoder=tokenizers"
+    forced = options.encoder == "tokenizers"
+    fallback = "--encoder=tokenizers" if forced else None
     encoder = Encoder(job.tokenizer, fallback, options.num_proc)
-    describe(job, encoder.fallback, options.num_proc)
+    describe(job, encoder.fallback)
     encode = BlockEncoder(
         encoder, options.column, options.on_bad_text, options.val_share, SEED
     )
@@ -455,7 +438,7 @@ def prepare_lanes(job, lanes, options):
                 prepare_lane(job, lane, encode, progress)
 
 
-def describe(job, fallback, num_proc):
+def describe(job, fallback):
     record = job.tokenizer.record
     print(
         f"{record['name']}: {record['size']:,} ids,"
@@ -468,7 +451,7 @@ def describe(job, fallback, num_proc):
     size = sum(file.size for file in job.files)
     print(
         f"{len(job.files):,} files, {size / 1e9:.2f} GB, {len(job.lanes)}"
-        f" lane(s), {num_proc} core(s), into {job.folder}"
+        f" lane(s), {job.options.num_proc} core(s), into {job.folder}"
     )
 
 

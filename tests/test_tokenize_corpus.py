@@ -411,8 +411,10 @@ def test_long_json_strings_are_decoded_in_pieces(monkeypatch):
     texts = [*random_strings(200), '"\\"\\\\ \\', "\U0001f469" * 9 + '"' * 9]
     for text in texts:
         for ascii in (True, False):
-            record = {"n": [1], "text": text, "b": '"text": "x"'}
-            line = json.dumps(record, ensure_ascii=ascii).encode()
+            literal = json.dumps(text, ensure_ascii=ascii).encode()
+            found = corpus_readers._text_of_literal(memoryview(literal))
+            assert found == text.encode()
+            line = b'{"n": [1], "text": %b, "b": "\\"text\\": 1"}' % literal
             block = corpus_readers.Block(["f"], 0, [line], True, 0, (0, 1))
             found = list(corpus_readers.texts(block, "text", "stop"))
             assert found == [(text.encode(), None)]
