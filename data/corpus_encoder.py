@@ -33,7 +33,8 @@ from training.dataset_writer import checked_ids
 IN_FLIGHT = 4  # blocks: two in the threads, one read, one to be written
 # Of each batch, checked against the reference: half a megabyte of a gigabyte.
 SAMPLE_BYTES = 2**12
-CACHE_BYTES = 2**28  # of memory, for the words that gigatoken has met
+# Of memory, for the words that gigatoken has met and the blocks in work.
+CACHE_BYTES = 2**29
 # Documents above it are encoded in pieces, in bounded memory.
 PIECE_BYTES = 2**20
 BATCH_BYTES = 2**24
@@ -131,8 +132,9 @@ class Encoder:
         # pool are lost.
         self._parallel = None if num_proc > 2 else False
         self._lock = Lock()
-        self._fast, self._limit, self.fallback = None, 0, fallback
+        self._fast, self.fallback = None, fallback
         self.fallback = fallback or self._load_fast()
+        self._limit = psutil.Process().memory_info().rss + CACHE_BYTES
 
     def _load_fast(self):
         """Why gigatoken cannot be used, or None."""
@@ -155,11 +157,10 @@ class Encoder:
             resident = psutil.Process().memory_info().rss
             if self.fallback or resident < self._limit:
                 return
-            if self._limit:
-                self._fast = None  # first free, then load
-                self._fast = gigatoken.Tokenizer.from_json(self._content)
-                resident = psutil.Process().memory_info().rss
-            self._limit = max(self._limit, resident + CACHE_BYTES)
+            self._fast = None  # first free, then load
+            self._fast = gigatoken.Tokenizer.from_json(self._content)
+            resident = psutil.Process().memory_info().rss
+            self._limit = max(self._limit, resident + CACHE_BYTES // 2)
 
     def encode(self, document):
         """The reference's ids of one document, uint32."""

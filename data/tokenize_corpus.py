@@ -1,7 +1,7 @@
 """The one pipeline from a corpus to a dataset, for every `prepare.py`.
 
-Records are read in blocks, encoded by worker processes, and written in order
-as parts of about a gigabyte. A part that is finished stays: a killed run
+Records are read in blocks, encoded in threads, and written in order as parts
+of about a gigabyte. A part that is finished stays: a killed run
 goes on after the last one, and its bytes are those of an undisturbed run.
 All is kept in the dataset's folder under `.prepare/` until the last step,
 which gives the parts their names and writes meta.json.
