@@ -4,8 +4,10 @@ The same text goes through `data/custom/prepare.py` (from Parquet and from
 .jsonl.zst), through `tokenizers.encode_batch`, and through preparations in
 the manner of nanoGPT's: `datasets.map` over one document at a time, once with
 nanoGPT's own tiktoken and once with transformers' AutoTokenizer. Every run is
-a process of its own, timed from its start to its end; they take turns. Memory
-is the largest sum over the process tree of proportional set sizes.
+a process of its own, timed from its start to its end; beside each peer this
+project runs again, so that what else the machine does hits both. Processor
+time, user's and system's, depends on that the least. Memory is the largest sum
+over the process tree of proportional set sizes.
 
 The text is whatever distinct documentation and source code this machine has;
 with --text it is yours. Nothing is downloaded.
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -55,7 +58,7 @@ def parse_arguments():
     add("--text", nargs="+", type=Path, help="folders with text files")
     add("--megabytes", type=int, default=60, help="of text, for all")
     add("--larger", type=int, default=10, help="times that, for most")
-    add("--repeats", type=int, default=2)
+    add("--repeats", type=int, default=1)
     add("--num_proc", type=int, default=len(os.sched_getaffinity(0)))
     add("--work", type=Path, help="folder for corpora and bins (default: a"
         " temporary one)")
@@ -220,13 +223,13 @@ BOTH = ("nanoGPT-style, tiktoken", "nanoGPT-style, AutoTokenizer")
 
 
 def measure(command, num_proc):
-    """(seconds, peak bytes of the process tree) of a command."""
+    """(seconds, processor seconds, peak bytes of the tree) of a command."""
     env = os.environ | {
         "RAYON_NUM_THREADS": str(num_proc),
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_OFFLINE": "1",
     }
-    start, peak = time.perf_counter(), 0
+    start, cpu, peak = time.perf_counter(), children_seconds(), 0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, env=env
@@ -239,7 +242,12 @@ def measure(command, num_proc):
         if process.returncode:
             log.seek(0)
             sys.exit(f"{command} failed:\n{log.read().decode()[-3000:]}")
-    return seconds, peak
+    return seconds, children_seconds() - cpu, peak
+
+
+def children_seconds():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tree_memory(tree):
@@ -254,7 +262,7 @@ def tree_memory(tree):
 
 def run_ours(options, work, corpus):
     out = work / "ours"
-    seconds, peak = measure(
+    measured = measure(
         [
             sys.executable, ROOT / "data/custom/prepare.py",
             "--input", work / corpus, "--tokenizer", options.tokenizer,
@@ -267,13 +275,13 @@ def run_ours(options, work, corpus):
     assert verify(dataset, progress=False) == []
     tokens = sum(split.tokens for split in dataset.splits.values())
     shutil.rmtree(out)
-    return seconds, peak, tokens
+    return *measured, tokens
 
 
 def run_peer(options, work, name, size):
     out = work / "peer"
     out.mkdir()
-    seconds, peak = measure(
+    measured = measure(
         [
             sys.executable, __file__, "--tokenizer", options.tokenizer,
             "--num_proc", options.num_proc,
@@ -283,58 +291,74 @@ def run_peer(options, work, name, size):
     )
     tokens = sum(path.stat().st_size for path in out.glob("*.bin")) // 4
     shutil.rmtree(out)
-    return seconds, peak, tokens
+    return *measured, tokens
 
 
 def run_all(options, work):
-    """{(name, corpus size): [(seconds, peak, tokens), ...]}"""
-    found = {}
+    """{(name, corpus size): results}, and {.. of a peer: ours beside it}."""
+    found, beside = {}, {}
 
     def note(name, size, result):
         found.setdefault((name, size), []).append(result)
-        print(f"  {name}, {size}: {result[0]:.1f} s", file=sys.stderr)
+        seconds, cpu, peak, tokens = result
+        print(
+            f"  {name}, {size}: {seconds:.1f} s, {cpu:.1f} s of processors,"
+            f" {peak / 1e9:.2f} GB, {tokens:,} tokens",
+            file=sys.stderr,
+        )
+        return result
+
+    def ours(kind, size):
+        result = run_ours(options, work, f"{size}.{kind}")
+        return note(f"this project, .{kind}", size, result)
 
     for _ in range(options.repeats):
-        for kind in ("parquet", "jsonl.zst"):
-            for size in ("small", "large"):
-                note(f"this project, .{kind}", size,
-                     run_ours(options, work, f"{size}.{kind}"))
-        for name in PEERS:
-            for size in ("small", "large") if name in BOTH else ("small",):
+        for size in ("small", "large"):
+            ours("jsonl.zst", size)
+            for name in PEERS if size == "small" else BOTH:
+                pair = [ours("parquet", size)]
                 note(name, size, run_peer(options, work, name, size))
-    return found
+                pair.append(ours("parquet", size))
+                beside.setdefault((name, size), []).extend(pair)
+    return found, beside
 
 
-def report(options, sizes, kinds, found):
-    def rate(name, size):
-        seconds = [result[0] for result in found[name, size]]
-        return sizes[size] / 1e6 / statistics.median(seconds)
+def median(results, column):
+    return statistics.median(result[column] for result in results)
 
-    ours = "this project, .parquet"
+
+def report(options, sizes, kinds, found, beside):
     packages = ("gigatoken", "tokenizers", "tiktoken", "datasets", "pyarrow")
     total = sum(kinds.values())
     print(
         f"{cpu_name()}, {options.num_proc} cores; Python"
         f" {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in packages)
-        + f". Median of {options.repeats} runs, which took turns. Text: "
+        + f". Median of {options.repeats} runs of each peer, ours before and"
+        " after each. Text: "
         + f"{total / 1e6:.0f} MB of distinct files of this machine ("
         + ", ".join(
             f"{kind} {size / total:.0%}" for kind, size in kinds.most_common()
         )
         + f"), of which {sizes['small'] / 1e6:.0f} MB for all.\n"
     )
-    print("| | text, MB | s | MB/s | tokens | peak memory, GB | ours is |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| | text, MB | s | processor s | MB/s | tokens | peak memory, GB"
+        " | ours is | by processor time |"
+    )
+    print("|" + " --- |" * 9)
     for (name, size), results in found.items():
-        seconds = statistics.median(result[0] for result in results)
-        peak = max(result[1] for result in results)
-        factor = f"{rate(ours, size) / rate(name, size):.1f} x"
-        factor = factor if name in PEERS else ""
+        seconds, cpu = median(results, 0), median(results, 1)
+        peak = max(result[2] for result in results)
+        factors = ["", ""]
+        if pair := beside.get((name, size)):
+            factors = [
+                f"{median(results, i) / median(pair, i):.1f} x" for i in (0, 1)
+            ]
         print(
-            f"| {name} | {sizes[size] / 1e6:.0f} | {seconds:.1f}"
-            f" | {sizes[size] / 1e6 / seconds:.1f} | {results[0][2]:,}"
-            f" | {peak / 1e9:.2f} | {factor} |"
+            f"| {name} | {sizes[size] / 1e6:.0f} | {seconds:.1f} | {cpu:.1f}"
+            f" | {sizes[size] / 1e6 / seconds:.1f} | {results[0][3]:,}"
+            f" | {peak / 1e9:.2f} | {' | '.join(factors)} |"
         )
 
 
@@ -361,7 +385,7 @@ def main():
         sizes, kinds = write_corpora(
             folders, small, small * options.larger, work
         )
-        report(options, sizes, kinds, run_all(options, work))
+        report(options, sizes, kinds, *run_all(options, work))
 
 
 if __name__ == "__main__":

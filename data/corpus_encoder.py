@@ -1,90 +1,50 @@
-"""Tokenizers for a corpus: loading them, and encoding exactly and fast.
+"""Encoding documents, exactly and fast, on one core or on many.
 
 `tokenizers` is the reference. gigatoken gives the same ids 20 to 80 times
-faster, apart from rare characters, which the reference encodes.
+faster; what has rare characters, the reference encodes.
 Special-token text inside a document is plain text.
 
     python data/custom/prepare.py --input FILE --tokenizer qwen3 --name mine
 """
 
 import hashlib
-import json
+import os
 import re
 import unicodedata
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
+import gigatoken
+import msgspec
 import numpy as np
 import psutil
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from data.corpus_readers import CorpusError
-from training.dataset_record import REPOSITORY, tokenizer_problems
+from data.corpus_readers import CorpusError, texts
+from data.download_qwen3_tokenizer import SPLIT_PATTERN
+from training.dataset_record import SPLITS
 from training.dataset_writer import checked_ids
 
-# Of each split in each block, checked against the reference: half a megabyte
-# of a gigabyte, a tenth of the time that encoding takes.
+IN_FLIGHT = 4  # blocks: two in the threads, one read, one to be written
+# Of each batch, checked against the reference: half a megabyte of a gigabyte.
 SAMPLE_BYTES = 2**12
-CACHE_BYTES = 3 * 2**26  # of memory, for the words that gigatoken has met
+# Of memory, for the words that gigatoken has met and the blocks in work.
+CACHE_BYTES = 2**29
 # Documents above it are encoded in pieces, in bounded memory.
 PIECE_BYTES = 2**20
-# Between two ASCII words the patterns in use always cut, and NFC changes
-# nothing across; whether a tokenizer's does, is tried on the pairs below.
-BORDER = r"(?<=[A-Za-z])(?= [A-Za-z])"
-BYTES_BORDER, TEXT_BORDER = re.compile(BORDER.encode()), re.compile(BORDER)
-BORDER_PROBES = (
-    ("word", " next"), ("a 1b", " c"), ("don't", " Z"), ("\n\n a", " q"),
-    ("!?x", " s\n"), ("\u4f60a", " t "), ("e\u0301E", " e\u0301"),
-)
-TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+BATCH_BYTES = 2**24
 
-
-class Known(NamedTuple):
-    """A published tokenizer: where it is, and what its models need."""
-
-    title: str
-    hub: str
-    size: int  # ids
-    vocab_size: int  # rows of the models' embeddings
-    eot_token: str
-    eot_id: int
-
-
-# Rows exceed ids where models were padded; GPT-2's rows are nanoGPT's.
-KNOWN = {
-    "qwen3": Known(
-        "Qwen3", "Qwen/Qwen3-0.6B", 151669, 151936, "<|endoftext|>", 151643
-    ),
-    "llama3": Known(
-        "Llama-3",
-        "meta-llama/Meta-Llama-3-8B",
-        128256,
-        128256,
-        "<|end_of_text|>",
-        128001,
-    ),
-    "llama2": Known(
-        "LLaMA-2", "meta-llama/Llama-2-7b-hf", 32000, 32000, "</s>", 2
-    ),
-    "gpt2": Known(
-        "GPT-2", "openai-community/gpt2", 50257, 50304, "<|endoftext|>", 50256
-    ),
-}
-EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-
-# Llama-3's own file has BPE ranks alone; the rest is in Meta's code:
-# github.com/meta-llama/llama3, llama/tokenizer.py.
-LLAMA3_SPECIAL_TOKENS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|reserved_special_token_4|>",
-    "<|eot_id|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
-]
+# Where a text may be cut: no match of the patterns below goes on from a
+# letter to a space, and but for GPT-2's none looks beyond the end of a line;
+# NFC changes nothing across either.
+WORD = rb"(?<=[A-Za-z])(?= [A-Za-z])"
+LINE = rb"(?<=\n)(?=[!-~\xc3-\xdf\xe4-\xf4])"
+LINE_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("N}|", "N}{1,3}|"))
 
 # Where libraries could part: scripts, digits, spaces, joiners, code.
 PROBES = [
@@ -98,287 +58,109 @@ PROBES = [
     "\u2581 a\u2581b  \u2581", "a" * 300, "\n" * 50 + " " * 50, "<0x0A>",
 ]
 
+NO_SPACE = re.compile(rb"\S")
 
-class CorpusTokenizer(NamedTuple):
-    """A tokenizer as a dataset records it, with its two files."""
-
-    record: dict  # name, size, sha256, eot_id, eot_token, path
-    vocab_size: int
-    files: dict[str, bytes]
-
-    @property
-    def content(self):
-        """tokenizer.json without added tokens: everything is plain text.
-
-        Merges that would build a special token go as well: sentencepiece
-        never makes a control symbol such as </s> out of text.
-        """
-        content = json.loads(self.files[TOKENIZER_FILE])
-        special = {
-            token["content"]
-            for token in content["added_tokens"]
-            if token["special"]
-        }
-        special.add(self.record["eot_token"])
-        model = content["model"]
-        if "merges" in model:
-            model["merges"] = [
-                merge
-                for merge in model["merges"]
-                if _joined(merge) not in special
-            ]
-        return content | {
-            "added_tokens": [],
-            "truncation": None,
-            "padding": None,
-        }
+# What a character asks for. Text of plain ones goes to gigatoken as it is.
+PLAIN, MARK, RARE, UNASKED = range(4)
+ASCII = bytes(range(128))
 
 
-def _joined(merge):
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    return "".join(parts)
+def border_of(content):
+    """The pattern of where a tokenizer's texts may be cut.
 
-
-# Loading
-
-
-def load_tokenizer(spec, known=None, eot_token=None, vocab_size=None):
-    """The tokenizer of a path, a name in KNOWN or a hub repository.
-
-    `spec` None means that of `known`, a name in KNOWN whose sizes the
-    tokenizer must then have. Raises CorpusError, saying how to get it.
+    None where nothing is known of its word pattern.
     """
-    source = spec or known
-    files = _read_files(str(source), known or source)
-    vocab = _vocabulary(source, files[TOKENIZER_FILE])
-    size = max(vocab.values()) + 1
-    if eot_token is None:
-        named = [KNOWN[known].eot_token] if known else EOT_TOKENS
-        eot_token = next((name for name in named if name in vocab), None)
-    if eot_token not in vocab:
-        raise CorpusError(
-            f"tokenizer {source} has no end-of-text token"
-            f" {eot_token or ' or '.join(EOT_TOKENS)}; name one of its tokens"
-            " with --eot_token"
-        )
-    eot_id = vocab[eot_token]
-    match = next(
-        (k for k in KNOWN.values() if (k.size, k.eot_id) == (size, eot_id)),
-        None,
-    )
-    if known and match != KNOWN[known]:
-        due = KNOWN[known]
-        raise CorpusError(
-            f"{source} has {size} ids and {eot_token} is {eot_id};"
-            f" {due.title}'s has {due.size} and {due.eot_id}: give another"
-            " one with --tokenizer, or use data/custom/prepare.py"
-        )
-    if vocab_size is None:  # a multiple of 64 is what GPUs are fast with
-        vocab_size = match.vocab_size if match else -(-size // 64) * 64
-    record = {
-        "name": match.title if match else Path(str(source)).name,
-        "size": size,
-        "sha256": hashlib.sha256(files[TOKENIZER_FILE]).hexdigest(),
-        "eot_id": eot_id,
-        "eot_token": eot_token,
-        "path": "tokenizer",
-    }
-    meta = {"vocab_size": vocab_size, "tokenizer": record}
-    if problems := tokenizer_problems(meta):
-        raise CorpusError(f"tokenizer {source}: " + "; ".join(problems))
-    return CorpusTokenizer(record, vocab_size, files)
-
-
-def _vocabulary(source, data):
-    """{token: id} of a tokenizer.json, added tokens included."""
-    try:
-        content = json.loads(data)
-        if content["model"].get("type", "BPE") == "BPE":
-            vocab = dict(content["model"]["vocab"])
-        else:
-            vocab = Tokenizer.from_str(data.decode()).get_vocab()
-        added = content["added_tokens"]
-        return vocab | {token["content"]: token["id"] for token in added}
-    except Exception as error:  # tokenizers raises Exception itself
-        raise CorpusError(
-            f"{source}: its {TOKENIZER_FILE} is damaged: {error}"
-        ) from error
-
-
-def _read_files(source, known):
-    """The two files of a tokenizer, by name."""
-    path = Path(source).expanduser()
-    if source in KNOWN:
-        path = REPOSITORY / f"{source}_tokenizer"
-        if source == "qwen3" and not path.exists():
-            raise CorpusError(
-                f"the Qwen3 tokenizer is not in {path}; fetch it with `python"
-                " data/download_qwen3_tokenizer.py`, or give it with"
-                " --tokenizer PATH"
-            )
-    if not path.exists():
-        return _hub_files(KNOWN[source].hub if source in KNOWN else source)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = (TOKENIZER_FILE, "tokenizer.model")
-        path = next((path / n for n in names if (path / n).is_file()), None)
-        if path is None:
-            raise CorpusError(f"{folder} has no {' and no '.join(names)}")
-    data, config = path.read_bytes(), folder / CONFIG_FILE
-    if path.suffix == ".model":
-        data = _from_model_file(path, data, known)
-    if config.is_file():
-        return {TOKENIZER_FILE: data, CONFIG_FILE: config.read_bytes()}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return {TOKENIZER_FILE: data, CONFIG_FILE: json.dumps(settings).encode()}
-
-
-def _from_model_file(path, data, known):
-    """tokenizer.json made from sentencepiece's or Llama-3's own file."""
-    try:
-        if known == "llama3":
-            from transformers.convert_slow_tokenizer import TikTokenConverter
-
-            made = TikTokenConverter(
-                str(path), extra_special_tokens=LLAMA3_SPECIAL_TOKENS
-            ).converted()
-            return made.to_str().encode()
-        from gigatoken._load import sentencepiece
-
-        content = json.loads(
-            sentencepiece.sentencepiece_to_tokenizer_json(data)
-        )
-        content["decoder"] = {  # LLaMA-2's; without it words run together
-            "type": "Sequence",
-            "decoders": [
-                {
-                    "type": "Replace",
-                    "pattern": {"String": "\u2581"},
-                    "content": " ",
-                },
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        }
-        return json.dumps(content, ensure_ascii=False).encode()
-    except Exception as error:  # parsers of foreign files raise anything
-        raise CorpusError(
-            f"{path} is neither a sentencepiece BPE model with byte fallback"
-            f" nor, for llama3, Meta's file of ranks ({error}); give a"
-            f" {TOKENIZER_FILE}"
-        ) from error
-
-
-def _hub_files(repo):
-    import huggingface_hub as hub
-
-    try:
-        paths = {
-            name: hub.try_to_load_from_cache(repo, name)
-            for name in (TOKENIZER_FILE, CONFIG_FILE)
-        }
-        if not all(isinstance(path, str) for path in paths.values()):
-            # One short question first: a download is retried for minutes.
-            url = hub.hf_hub_url(repo, TOKENIZER_FILE)
-            hub.get_hf_file_metadata(url, timeout=10)
-            paths = {name: hub.hf_hub_download(repo, name) for name in paths}
-        return {name: Path(path).read_bytes() for name, path in paths.items()}
-    except Exception as error:  # the hub's errors change with its versions
-        said = " ".join(str(error).split())
-        raise CorpusError(
-            f"no tokenizer {repo}: there is no such path, and the hub says"
-            f" {type(error).__name__}: {said}\n"
-            f"Where it asks for a login: accept the licence at"
-            f" https://huggingface.co/{repo} and run `hf auth login`. Without"
-            f" a network: bring its {TOKENIZER_FILE} or tokenizer.model here"
-            " and give it as --tokenizer PATH."
-        ) from error
-
-
-# Encoding
+    steps = content["pre_tokenizer"] or {}
+    *splits, last = steps.get("pretokenizers", [steps])
+    patterns = [split.get("pattern", {}).get("Regex") for split in splits]
+    if (
+        content["normalizer"] not in (None, {"type": "NFC"})
+        or last.get("type") != "ByteLevel"
+        or last["add_prefix_space"]
+    ):
+        return None
+    if not splits and last["use_regex"]:  # GPT-2's
+        return re.compile(WORD)
+    if len(patterns) == 1 and patterns[0] in LINE_PATTERNS:
+        return re.compile(WORD + b"|" + LINE)
+    return None
 
 
 @cache
-def unknown_characters():
-    """A table over all code points: which `tokenizers` takes as unassigned.
+def marks():
+    """All characters that NFC could move or join to the one before them."""
+    points = [*range(0xD800), *range(0xE000, 0x34000)]  # no text above
+    chars = "\n".join(map(chr, points))
+    apart = unicodedata.normalize("NFD", chars).split("\n")
+    return {char for whole in apart for char in whole[1:]}
 
-    Its regex engine has an older Unicode than gigatoken; on what both know
-    they agree (compared for every code point). Planes above 3 have no
-    characters of text.
-    """
-    points = [*range(0xD800), *range(0xE000, 0x34000)]
-    split = pre_tokenizers.Split(Regex(r"\P{Cn}+"), "removed")
-    unknown = split.pre_tokenize_str("".join(map(chr, points)))
-    table = np.zeros(0x110000, bool)
-    for run, _ in unknown:
-        table[[ord(char) for char in run]] = True
-    return table
+
+def kind_of(char):
+    """Whether a character is a MARK, so that its text may not be NFC."""
+    plain = unicodedata.is_normalized("NFC", char) and char not in marks()
+    return PLAIN if plain and not unicodedata.combining(char) else MARK
 
 
 class Encoder:
-    """Encodes UTF-8 documents with one tokenizer.
+    """Encodes UTF-8 documents with one tokenizer, on `num_proc` cores.
 
     `fallback` says why gigatoken is not used, or is None.
     """
 
-    def __init__(self, tokenizer, fallback=None):
-        content = tokenizer.content
+    def __init__(self, tokenizer, fallback=None, num_proc=1):
+        content = tokenizer.plain_content
         self.vocab_size = tokenizer.vocab_size
         self.eot_id = tokenizer.record["eot_id"]
         self.eot_token = tokenizer.record["eot_token"]
-        self._reference = Tokenizer.from_str(json.dumps(content))
-        self._fast, self._limit = None, 0
+        self._border = border_of(content)
         # gigatoken's NFC has newer tables than the reference's; so it is done
         # here, by the reference's own for what Python finds is not NFC. Where
         # Python finds that it is, so do the older tables.
         self._nfc = None
         if content["normalizer"] == {"type": "NFC"}:
-            self._nfc = normalizers.NFC().normalize_str
+            self._nfc = normalizers.NFC()
             content["normalizer"] = None
+        self._content = msgspec.json.encode(content).decode()
+        self._reference = Tokenizer.from_str(self._content)
+        if self._nfc:
+            self._reference.normalizer = self._nfc
         # Without a word pattern no class of characters matters.
         self._classes = content["pre_tokenizer"] is not None
-        self._cuts_words = all(
-            np.array_equal(
-                self.encode((one + two).encode()),
-                np.append(self.encode(one.encode()), self.encode(two.encode())),
-            )
-            for one, two in BORDER_PROBES
-        )
-        self.fallback = fallback or self._load_fast(content)
-        if self.fallback:
-            self._fast = None
+        self._kinds = np.full(0x110000, UNASKED, np.uint8)
+        # A second core has enough to do: reading, hashing, writing. None:
+        # gigatoken finds out that it runs in a fork, where the threads of its
+        # pool are lost.
+        self._parallel = None if num_proc > 2 else False
+        self._lock = Lock()
+        self._fast, self.fallback = None, fallback
+        self.fallback = fallback or self._load_fast()
+        self._limit = psutil.Process().memory_info().rss + CACHE_BYTES
 
-    def _load_fast(self, content):
+    def _load_fast(self):
         """Why gigatoken cannot be used, or None."""
-        import gigatoken
-
-        texts = [text.encode() for text in PROBES]
-        self._content = json.dumps(content)
+        probes = [text.encode() for text in PROBES]
         try:
             self._fast = gigatoken.Tokenizer.from_json(self._content)
-            for text, ids in zip(texts, np.split(*self.encode_rows(texts))):
-                if not np.array_equal(ids, self.encode(text)):
-                    return f"its ids of {text.decode()[:40]!r} differ"
+            for probe, ids in zip(probes, self.encode_pieces(probes)):
+                if not np.array_equal(ids, self.encode(probe)):
+                    return f"its ids of {probe.decode()[:40]!r} differ"
         except Exception as error:  # whatever a foreign library raises
             return f"{type(error).__name__}: {error}"
         return None
 
-    def limit_cache(self):
+    def _limit_cache(self):
         """Load gigatoken anew where the words it remembers are too many.
 
         It forgets none, and a corpus has new ones without end.
         """
-        resident = psutil.Process().memory_info().rss
-        if self._fast is None or resident < self._limit:
-            self._limit = self._limit or resident + CACHE_BYTES
-            return
-        import gigatoken
-
-        self._fast = None  # first free, then load
-        self._fast = gigatoken.Tokenizer.from_json(self._content)
-        resident = psutil.Process().memory_info().rss
-        self._limit = max(self._limit, resident + CACHE_BYTES // 2)
+        with self._lock:
+            resident = psutil.Process().memory_info().rss
+            if self.fallback or resident < self._limit:
+                return
+            self._fast = None  # first free, then load
+            self._fast = gigatoken.Tokenizer.from_json(self._content)
+            resident = psutil.Process().memory_info().rss
+            self._limit = max(self._limit, resident + CACHE_BYTES // 2)
 
     def encode(self, document):
         """The reference's ids of one document, uint32."""
@@ -387,135 +169,236 @@ class Encoder:
         )
         return np.array(encoding.ids, np.uint32)
 
-    def encode_rows(self, documents):
-        """Ids of all documents in a row (uint32), and where to cut them."""
-        if self._fast is None:
-            texts = [document.decode() for document in documents]
-            rows = [
-                np.array(encoding.ids, np.uint32)
-                for encoding in self._reference.encode_batch_fast(
-                    texts, add_special_tokens=False
-                )
-            ]
-            return np.concatenate(rows), np.cumsum([*map(len, rows)])[:-1]
-        pieces = [self._pieces(document) for document in documents]
-        ids, cuts = self._encode_pieces([p for row in pieces for p in row])
-        last = np.cumsum([*map(len, pieces)])[:-1] - 1
-        return ids, np.append(cuts, len(ids))[last]
-
-    def _pieces(self, document):
-        starts = [0]
-        while self._cuts_words and (
-            match := BYTES_BORDER.search(document, starts[-1] + PIECE_BYTES)
-        ):
-            starts.append(match.start())
-        ends = [*starts[1:], len(document)]
-        return [document[start:end] for start, end in zip(starts, ends)]
-
-    def _encode_pieces(self, documents):
-        plain, rare = list(documents), {}
-        for i, document in enumerate(documents):
-            if not document.isascii():
-                text = document.decode()
-                points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-                unknown = unknown_characters()[points]
-                if self._classes and unknown.any():
-                    rare[i] = self._encode_rare(text, np.flatnonzero(unknown))
-                    plain[i] = b"-"  # its place is kept, its ids are not
-                else:
-                    plain[i] = self._normal(text, document)
-        ids, cuts = self._encode_fast(plain)
-        if rare:
-            rows = np.split(ids, cuts)
-            for i, row in rare.items():
-                rows[i] = row
-            ids, cuts = np.concatenate(rows), np.cumsum([*map(len, rows)])[:-1]
-        return ids, cuts
-
-    def _normal(self, text, document):
-        """The document's UTF-8 after the tokenizer's own NFC, if it has one."""
-        if self._nfc and not unicodedata.is_normalized("NFC", text):
-            return self._nfc(text).encode()
-        return document
-
-    def _encode_fast(self, documents):
-        # Not parallel: worker processes share the cores already, and the
-        # threads of a pool would be lost in a fork.
-        layout = self._fast.encode_batch(documents, parallel=False).layout
-        cuts = np.asarray(layout.offsets)[1:-1]
-        return np.asarray(layout.content.data), cuts
-
-    def _encode_rare(self, text, places):
-        """Ids of a text with rare characters at `places`.
-
-        Words with them are encoded by the reference, those between by
-        gigatoken.
-        """
-        borders = [0]
-        if self._cuts_words:
-            borders += (match.start() for match in TEXT_BORDER.finditer(text))
-        borders.append(len(text))
-        ids, done = [], 0
-        for n in np.unique(np.searchsorted(borders, places, "right") - 1):
-            start, end = borders[n], borders[n + 1]
-            if start > done:
-                between = text[done:start]
-                data = self._normal(between, between.encode())
-                ids.append(self._encode_fast([data])[0])
-            ids.append(self.encode(text[start:end].encode()))
-            done = end
-        if done < len(text):
-            data = self._normal(text[done:], text[done:].encode())
-            ids.append(self._encode_fast([data])[0])
-        return np.concatenate(ids)
-
-    def encode_documents(self, documents):
-        """(ids with an end-of-text id after each document, tokens of each).
-
-        Both are arrays, uint32 and int64. Raises DatasetError for an id that
-        has no row, CorpusError for an end-of-text id inside a document.
-        """
-        ids, cuts = self.encode_rows(documents)
-        checked_ids(ids, self.vocab_size)
-        if (ids == self.eot_id).any():
-            raise CorpusError(
-                f"the tokenizer makes {self.eot_token} out of plain text; name"
-                " another end-of-text token with --eot_token"
+    def encode_pieces(self, pieces):
+        """A row of ids (uint32) for each document or piece of one."""
+        if self.fallback:
+            texts = [piece.decode() for piece in pieces]
+            encodings = self._reference.encode_batch_fast(
+                texts, add_special_tokens=False
             )
-        counts = np.diff(cuts, prepend=0, append=len(ids)) + 1
-        ends = np.cumsum(counts) - 1
-        marked = np.empty(len(ids) + len(counts), np.uint32)
-        inside = np.ones(len(marked), bool)
-        inside[ends] = False
-        marked[inside] = ids
-        marked[ends] = self.eot_id
-        return marked, counts
+            return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        plain, rare = list(pieces), {}
+        for i, piece in enumerate(pieces):
+            if piece.isascii():
+                continue
+            kind = self._kind(piece.translate(None, ASCII).decode()).max()
+            if kind == RARE and self._classes:
+                rare[i] = self.encode(piece)
+                plain[i] = b"-"  # its place is kept, its ids are not
+            elif kind >= MARK and self._nfc:
+                text = piece.decode()
+                if not unicodedata.is_normalized("NFC", text):
+                    plain[i] = self._nfc.normalize_str(text).encode()
+        with self._lock:  # it has one of its own, but would wait holding Python
+            batch = self._fast.encode_batch(plain, parallel=self._parallel)
+        ids = np.asarray(batch.layout.content.data)
+        ends = batch.layout.offsets.data.tolist()
+        rows = [ids[start:end] for start, end in zip(ends, ends[1:])]
+        for i, row in rare.items():
+            rows[i] = row
+        return rows
 
-    def check_sample(self, documents, ids, counts, digest):
-        """Compare a few documents with the reference; the number compared.
+    def _kind(self, text):
+        """The kind of each character, uint8.
 
-        Which ones `digest`, of any text, decides. Of a long one the first
-        SAMPLE_BYTES are encoded anew, by both libraries.
+        RARE are those that `tokenizers` takes as unassigned: its regex engine
+        has an older Unicode than gigatoken; on what both know they agree
+        (compared for every code point).
         """
-        if self._fast is None:
-            return 0
-        first = int.from_bytes(digest[:8], "little") % len(documents)
-        ends, left, checked = np.cumsum(counts), SAMPLE_BYTES, 0
-        for i in range(first, len(documents)):
-            document, end = documents[i], ends[i] - 1
-            made = ids[end + 1 - counts[i] : end]
-            if len(document) > SAMPLE_BYTES:
-                document = document[:SAMPLE_BYTES].decode("utf-8", "ignore")
-                document = document.encode()
-                made = self.encode_rows([document])[0]
-            if len(document) > left:
-                break
-            left -= len(document)
-            if not np.array_equal(made, self.encode(document)):
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        kinds = self._kinds[points]
+        if (kinds == UNASKED).any():
+            new = np.unique(points[kinds == UNASKED])
+            chars = "".join(map(chr, new))
+            split = pre_tokenizers.Split(Regex(r"\P{Cn}+"), "removed")
+            rare = {c for run, _ in split.pre_tokenize_str(chars) for c in run}
+            # In one step: another thread may be looking.
+            self._kinds[new] = [
+                RARE if c in rare else kind_of(c) if self._nfc else PLAIN
+                for c in chars
+            ]
+            kinds = self._kinds[points]
+        return kinds
+
+    def batches(self, documents):
+        """Lists of (number, piece, is it the last) of documents, in order."""
+        batch, size = [], 0
+        for i, document in enumerate(documents):
+            start = 0
+            while start < len(document):
+                end = len(document)
+                if end - start > PIECE_BYTES and self._border and (
+                    cut := self._border.search(document, start + PIECE_BYTES)
+                ):
+                    end = cut.start()
+                batch.append((i, document[start:end], end == len(document)))
+                size += end - start
+                start = end
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def encode_documents(self, documents, tokens, counts):
+        """Arrays of ids (uint32), with an end-of-text id after each document.
+
+        Adds the tokens of each document to the list `tokens`, and the texts
+        that the reference has checked to `counts`. Raises DatasetError for an
+        id that has no row, CorpusError for an end-of-text id in a document.
+        """
+        for batch in self.batches(documents):
+            numbers, pieces, last = zip(*batch)
+            rows = self.encode_pieces(pieces)
+            counts["checked"] += self.check_sample(pieces, rows)
+            size = sum(map(len, rows)) + sum(last)
+            ids, end = np.empty(size, np.uint32), 0
+            for number, row, is_last in zip(numbers, rows, last):
+                start, end = end, end + len(row)
+                ids[start:end] = row
+                if is_last:
+                    ids[end] = self.eot_id
+                    end += 1
+                tokens[number] += end - start
+            checked_ids(ids, self.vocab_size)
+            if np.count_nonzero(ids == self.eot_id) != sum(last):
                 raise CorpusError(
-                    "gigatoken and tokenizers disagree on the ids of"
-                    f" {document[:80]!r}...; please report it, and prepare"
-                    " with --encoder=tokenizers"
+                    f"the tokenizer makes {self.eot_token} out of plain text;"
+                    " name another end-of-text token with --eot_token"
+                )
+            self._limit_cache()
+            yield ids
+
+    def check_sample(self, pieces, rows):
+        """Compare a few rows with the reference; the number compared.
+
+        Which ones, a checksum decides. Of a long text the first SAMPLE_BYTES
+        are encoded anew, by both libraries.
+        """
+        if self.fallback:
+            return 0
+        left, checked = SAMPLE_BYTES, 0
+        for i in range(zlib.crc32(pieces[0]) % len(pieces), len(pieces)):
+            piece, made = pieces[i], rows[i]
+            if len(piece) > SAMPLE_BYTES:
+                piece = piece[:SAMPLE_BYTES].decode("utf-8", "ignore").encode()
+                (made,) = self.encode_pieces([piece])
+            if len(piece) > left:
+                break
+            left -= len(piece)
+            if not np.array_equal(made, self.encode(piece)):
+                raise CorpusError(
+                    f"gigatoken and tokenizers disagree on the ids of"
+                    f" {piece[:80]!r}...; please report it, and prepare with"
+                    " --encoder=tokenizers"
                 )
             checked += 1
         return checked
+
+
+class Encoded(NamedTuple):
+    """The documents of one split in one block."""
+
+    ids: Iterable[np.ndarray]  # uint32, end-of-text after each document
+    tokens: list[int]  # of each document, counted as `ids` are made
+    sizes: list[int]  # their UTF-8 bytes
+    digests: bytes  # SHA-256 of each, joined
+
+
+class BlockEncoder:
+    """Splits and encodes the documents of blocks."""
+
+    def __init__(self, encoder, column, on_bad_text, val_share, seed):
+        self.encoder = encoder
+        self.column, self.on_bad_text = column, on_bad_text
+        self._seed = f"{seed}:".encode()
+        self._limit = int(val_share * 2**64)
+
+    def split_of(self, digest):
+        """The split of a document, by a seeded hash of its content.
+
+        So it depends neither on order, files, cores nor tokenizer, and equal
+        documents are on one side.
+        """
+        drawn = hashlib.sha256(self._seed + digest).digest()[:8]
+        val = int.from_bytes(drawn, "big") < self._limit
+        return "val" if val else "train"
+
+    def __call__(self, block):
+        """({split: Encoded}, counts of what became of the records).
+
+        The ids of a huge document are made only as they are written.
+        """
+        kept = {split: ([], []) for split in SPLITS}
+        counts = Counter(records=len(block.records))
+        for text, fault in texts(block, self.column, self.on_bad_text):
+            if fault:
+                counts[fault] += 1
+            if text is None:
+                continue
+            if is_blank(text):
+                counts["empty"] += 1
+                continue
+            digest = hashlib.sha256(text).digest()
+            documents, digests = kept[self.split_of(digest)]
+            documents.append(text)
+            digests.append(digest)
+        result = {}
+        for split, (documents, digests) in kept.items():
+            if documents:
+                tokens = [0] * len(documents)
+                ids = self.encoder.encode_documents(documents, tokens, counts)
+                if not is_huge(block):
+                    ids = list(ids)
+                sizes = [len(document) for document in documents]
+                digests = b"".join(digests)
+                result[split] = Encoded(ids, tokens, sizes, digests)
+        return result, counts
+
+
+def is_huge(block):
+    sizes = (len(record or b"") for record in block.records)
+    return max(sizes, default=0) > BATCH_BYTES
+
+
+def is_blank(text):
+    """Whether a text is empty or white space alone, of any script."""
+    first = NO_SPACE.search(text)
+    # It knows ASCII alone; other spaces start outside of it.
+    return not first or (
+        text[first.start()] >= 0x80 and text.decode().isspace()
+    )
+
+
+def encoded(blocks, encode, num_proc):
+    """(block without its records, what `encode` makes of it), in order.
+
+    Of two threads one prepares texts while the other's are encoded on all
+    cores. What they give does not depend on them.
+    """
+    if num_proc == 1:
+        for block in blocks:
+            yield block._replace(records=[]), encode(block)
+        return
+    # For the pools of both libraries, which are made when first used.
+    os.environ["RAYON_NUM_THREADS"] = str(num_proc)
+    pool, waiting = ThreadPoolExecutor(2), deque()
+
+    def first():
+        block, result = waiting.popleft()
+        return block, result.result()
+
+    try:
+        for block in blocks:
+            huge = is_huge(block)
+            waiting.append(
+                (block._replace(records=[]), pool.submit(encode, block))
+            )
+            del block
+            # A huge record passes alone.
+            while len(waiting) > (0 if huge else IN_FLIGHT - 1):
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

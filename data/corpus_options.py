@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from data.corpus_encoder import KNOWN
+from data.corpus_tokenizer import KNOWN
 
 
 def parse_arguments(corpus, doc, arguments=None):
@@ -15,68 +15,41 @@ def parse_arguments(corpus, doc, arguments=None):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        metavar="PATH",
-        default=[corpus.inputs] if corpus.inputs else None,
-        required=corpus.inputs is None,
+    given = corpus.inputs is not None
+    add("--input", nargs="+", metavar="PATH", required=not given,
+        default=[corpus.inputs] if given else None,
         help="files, folders, or hub:OWNER/NAME[@REVISION][:PATTERN]"
-        " (default: %(default)s)",
-    )
-    add(
-        "--tokenizer",
-        metavar="PATH",
-        required=corpus.tokenizer is None,
+        " (default: %(default)s)")
+    add("--tokenizer", metavar="PATH", required=corpus.tokenizer is None,
         help="tokenizer.json, tokenizer.model, a folder with one,"
         f" {', '.join(KNOWN)} or a hub repository"
-        f" (default: {corpus.tokenizer})",
-    )
+        f" (default: {corpus.tokenizer})")
     add("--out", type=Path, help=f"folder (default: {corpus.folder})")
     add("--name", help="name of the dataset (default: that of --out)")
     add("--column", default="text", help="with the text (default: text)")
-    add(
-        "--max_documents",
-        type=count,
-        help="read only the first N records",
-        metavar="N",
-    )
-    add(
-        "--num_proc",
-        type=count,
-        default=usable_cores(),
-        metavar="N",
-        help="worker processes; the bytes do not depend on it (default:"
-        " %(default)s, the cores)",
-    )
-    add(
-        "--on_bad_text",
-        choices=("stop", "skip", "replace"),
-        default="stop",
+    add("--max_documents", type=count, metavar="N",
+        help="read only the first N records")
+    add("--num_proc", type=count, metavar="N", default=usable_cores(),
+        help="cores to use; the bytes do not depend on it (default:"
+        " %(default)s, all)")
+    add("--on_bad_text", choices=("stop", "skip", "replace"), default="stop",
         help="for text that is null, missing, not UTF-8 or has a lone"
-        " surrogate (default: stop)",
-    )
-    add(
-        "--val_share",
-        type=share,
-        default=corpus.val_share,
-        help="of the documents, for validation (default: %(default)s)",
-    )
+        " surrogate (default: stop)")
+    add("--val_share", type=share, default=corpus.val_share,
+        help="of the documents, for validation (default: %(default)s)")
     add("--encoder", choices=("auto", "tokenizers"), default="auto")
     add("--overwrite", action="store_true", help="replace another dataset")
     if corpus.tokenizer is None:
         add("--eot_token", help="end of text (default: the usual one)")
         add("--vocab_size", type=count, help="embedding rows")
     if corpus.files_per_lane is not None:
-        add(
-            "--shard",
-            type=shard,
-            metavar="I/N",
-            help="prepare only lanes I, I + N, ...: for N machines or jobs",
-        )
+        add("--shard", type=shard, metavar="I/N",
+            help="prepare only lanes I, I + N, ...: for N machines or jobs")
         add("--merge", action="store_true", help="only join what is prepared")
+    parser.set_defaults(eot_token=None, vocab_size=None, shard=None,
+                        merge=False)
     options = parser.parse_args(arguments)
-    if getattr(options, "shard", None) and (
+    if options.shard and (
         options.merge or options.max_documents is not None
     ):
         parser.error("--shard goes with neither --merge nor --max_documents")

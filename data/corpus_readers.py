@@ -8,13 +8,15 @@ of blocks is a place to continue from.
     python data/custom/prepare.py --help
 """
 
+import codecs
 import fnmatch
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,6 +25,17 @@ BLOCK_ROWS = 2**14
 HUB = "hub:"
 HUB_TIMEOUT_S = 10
 ENDS_BYTES = 2**16
+LONG_BYTES = 2**24
+# Where a JSON string may be cut: after six bytes no escape is open, nor is
+# half of a surrogate pair behind; never inside a character.
+NO_ESCAPE = re.compile(rb"(?<=[^\\]{6})[\x00-\x7f\xc0-\xff]")
+# Of columns: as what to look at their UTF-8.
+BINARY = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+TEXT_TYPES = (*BINARY, *BINARY.values())
 # Longest suffix first; the compressions are pyarrow's names.
 FORMATS = {
     ".jsonl.zst": ("lines", "zstd"),
@@ -58,39 +71,19 @@ class InputFile(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive records, as they lie in the file.
-
-    `offsets` (int64, records + 1) cuts `data` into texts; without it `data`
-    is lines of JSON. `next` is the (file, block) at which reading goes on.
-    """
+    """Consecutive records of a file; `next` is where reading goes on."""
 
     names: list[str]  # one for all records, or one for each
     first: int  # number of the first record in its file, from 0
-    data: bytes
-    offsets: np.ndarray | None
-    nulls: np.ndarray | None
+    records: list[bytes | None]  # texts, or lines of JSON
+    are_json: bool
     done: float  # bytes of the input files up to the end of this block
-    next: tuple[int, int]
-
-    @property
-    def records(self):
-        if self.offsets is not None:
-            return len(self.offsets) - 1
-        return self.data.count(b"\n") + (self.data[-1:] not in (b"\n", b""))
+    next: tuple[int, int]  # file, block of it
 
     def where(self, i):
         if len(self.names) > 1:
             return self.names[i]
         return f"{self.names[0]}, record {self.first + i}"
-
-    def head(self, count):
-        """The block with its first `count` records alone."""
-        if count >= self.records:
-            return self
-        if self.offsets is None:
-            lines = self.data.split(b"\n", count)[:count]
-            return self._replace(data=b"\n".join(lines))
-        return self._replace(offsets=self.offsets[: count + 1])
 
 
 # Finding the files
@@ -237,14 +230,22 @@ def read_blocks(files, start, column):
             yield block
             number, before = block.next[0], block.done
             continue
-        path = local_path(file)
+        kind, path = file.format[0], local_path(file)
+        first = 0
         try:
-            for i, (first, data, done) in enumerate(
-                READERS[file.format[0]](file, path, column)
+            for i, (records, done) in enumerate(
+                READERS[kind](file, path, column)
             ):
                 if i >= skip:
-                    done, next = before + done * file.size, (number, i + 1)
-                    yield Block([str(path)], first, *data, done, next)
+                    yield Block(
+                        [str(path)],
+                        first,
+                        records,
+                        kind == "lines",
+                        before + done * file.size,
+                        (number, i + 1),
+                    )
+                first += len(records)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -269,9 +270,7 @@ def _text_block(files, number, done):
         size += len(texts[-1])
         done += files[number].size
         number += 1
-    offsets = np.cumsum([0, *map(len, texts)])
-    data = b"".join(texts)
-    return Block(names, 0, data, offsets, None, done, (number, 0))
+    return Block(names, 0, texts, False, done, (number, 0))
 
 
 def _read_lines(file, path, column):
@@ -279,19 +278,20 @@ def _read_lines(file, path, column):
         stream, compression = raw, file.format[1]
         if compression:
             stream = pa.CompressedInputStream(raw, compression)
-        first, pieces = 0, []
+        pieces = []
         while chunk := _read_full(stream):
             at_end = len(chunk) < BLOCK_BYTES
             end = len(chunk) if at_end else chunk.rfind(b"\n") + 1
             if not end:  # inside one long line
                 pieces.append(chunk)
                 continue
-            data = b"".join([*pieces, chunk[:end]])
+            lines = b"".join([*pieces, chunk[:end]]).split(b"\n")
             pieces = [chunk[end:]]
-            yield first, (data, None, None), raw.tell() / file.size
-            first += data.count(b"\n")
+            if not lines[-1]:
+                lines.pop()
+            yield lines, raw.tell() / file.size
         if data := b"".join(pieces):
-            yield first, (data, None, None), 1.0
+            yield [data], 1.0
 
 
 def _read_full(stream):
@@ -304,27 +304,35 @@ def _read_full(stream):
 
 
 def _read_parquet(file, path, column):
-    # Its pre_buffer would keep all that was read until the file ends.
+    # The other pools keep what was freed, and pre_buffer all that was read.
+    pa.set_memory_pool(pa.system_memory_pool())
     with pq.ParquetFile(path, pre_buffer=False) as table:
         _check_column(path, table.schema_arrow, column)
-        metadata, size = table.metadata, 1
+        metadata, size, done = table.metadata, 1, 0
         for group in range(metadata.num_row_groups):
             for i in range(metadata.num_columns):
                 part = metadata.row_group(group).column(i)
                 if part.path_in_schema == column:
                     size += part.total_uncompressed_size
         rows = min(BLOCK_BYTES * metadata.num_rows // size, BLOCK_ROWS)
-        batches = table.iter_batches(max(rows, 1), columns=[column])
-        yield from _table_blocks(batches, metadata.num_rows)
+        for batch in table.iter_batches(max(rows, 1), columns=[column]):
+            done += len(batch)
+            yield _texts_of(batch.column(0)), done / metadata.num_rows
 
 
 def _read_arrow(file, path, column):
     with pa.memory_map(str(path)) as source:
         with pa.ipc.open_stream(source) as batches:
             _check_column(path, batches.schema, column)
-            batches = (batch.select([column]) for batch in batches)
-            # The stream does not say how many rows it has: no progress in it.
-            yield from _table_blocks(batches, None)
+            for batch in batches:
+                # The stream does not say how many rows it has: no progress.
+                yield _texts_of(batch.column(column)), 0.0
+
+
+def _texts_of(array):
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.view(BINARY.get(array.type, array.type)).to_pylist()
 
 
 def _check_column(path, schema, column):
@@ -335,40 +343,11 @@ def _check_column(path, schema, column):
         )
     kind = schema.field(column).type
     kind = getattr(kind, "value_type", kind)  # of a dictionary
-    if not any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-        )
-    ):
+    if kind not in TEXT_TYPES:
         raise CorpusError(
             f"{path}: column {column!r} holds {kind}, not text; name another"
             " one: --column NAME"
         )
-
-
-def _table_blocks(batches, total):
-    first = 0
-    for batch in batches:
-        array = batch.column(0)
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
-        array = array.cast(pa.large_binary())
-        _, offsets, data = array.buffers()
-        offsets = np.frombuffer(offsets, np.int64)
-        offsets = offsets[array.offset : array.offset + len(array) + 1]
-        low, high = int(offsets[0]), int(offsets[-1])
-        data = data[low:high].to_pybytes() if data else b""
-        nulls = None
-        if array.null_count:
-            nulls = array.is_null().to_numpy(zero_copy_only=False)
-        done = (first + len(array)) / total if total else 0.0
-        yield first, (data, offsets - low, nulls), done
-        first += len(array)
 
 
 READERS = {
@@ -384,12 +363,13 @@ READERS = {
 def texts(block, column, on_bad_text):
     """(UTF-8 text or None, what was done or None) for each record.
 
-    An empty text is b"". Raises CorpusError at the first fault where
-    `on_bad_text` is "stop"; "skip" gives None for it, "replace" puts U+FFFD
-    for what is not UTF-8 (what has no text at all is skipped there too).
+    Raises CorpusError at the first fault where `on_bad_text` is "stop";
+    "skip" gives None for it, "replace" puts U+FFFD for what is not UTF-8
+    (what has no text at all is skipped there too).
     """
-    records = _lines if block.offsets is None else _cuts
-    for i, (text, fault) in enumerate(records(block, column)):
+    text_of = _json_text(column) if block.are_json else _plain_text
+    for i, record in enumerate(block.records):
+        text, fault = text_of(record)
         if fault is None:
             yield text, None
         elif on_bad_text == "stop":
@@ -411,63 +391,84 @@ def _replaced(text):
     return utf16.decode("utf-16-le", "replace").encode()
 
 
-def _cuts(block, column):
-    ends = block.offsets.tolist()
-    for i in range(len(ends) - 1):
-        text = block.data[ends[i] : ends[i + 1]]
-        if block.nulls is not None and block.nulls[i]:
-            yield None, "its text is null"
-        elif not text.isascii() and (fault := _utf8_fault(text)):
-            yield text, fault
-        else:
-            yield text, None
-
-
-def _utf8_fault(text):
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return f"its text is not UTF-8 ({error})"
-    return None
-
-
-def _lines(block, column):
-    lines = block.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    for line in lines:
-        if line.isspace() or not line:
-            yield b"", None
-            continue
+def _plain_text(text):
+    """(the text, or as much as there is of it; its fault or None)"""
+    if text is None:
+        return None, "its text is null"
+    if not text.isascii():
+        decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            record = json.loads(line)
+            for start in range(0, len(text), LONG_BYTES):
+                decoder.decode(text[start : start + LONG_BYTES])
+            decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            # Its structure may be sound: replace inside the whole line.
-            yield _text_of_broken(line, column), f"it is not UTF-8 ({error})"
-            continue
-        except ValueError as error:
-            yield None, f"it is not JSON ({error})"
-            continue
-        text = record.get(column) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            try:
-                yield text.encode(), None
-            except UnicodeEncodeError as error:
-                yield text, f"its text has a lone surrogate ({error})"
-        elif isinstance(record, dict) and column in record:
-            found = "null" if text is None else type(text).__name__
-            yield None, f"its text is {found}"
-        else:
-            fields = ", ".join(record) if isinstance(record, dict) else "none"
-            yield None, (
-                f"it has no field {column!r}, only {fields} (--column names"
-                " another)"
-            )
+            return text, f"its text is not UTF-8 ({error})"
+    return text, None
 
 
-def _text_of_broken(line, column):
+def _json_text(column):
+    """As _plain_text, for lines of JSON."""
+
+    def decoder(kind):
+        record = msgspec.defstruct(
+            "Record", [("text", kind)], rename={"text": column}
+        )
+        return msgspec.json.Decoder(record)
+
+    short, long = decoder(str), decoder(msgspec.Raw)
+
+    def text_of(line):
+        try:
+            if len(line) < LONG_BYTES:
+                return short.decode(line).text.encode(), None
+            literal = memoryview(long.decode(line).text)
+            if literal[:1] == b'"':
+                return _text_of_literal(literal), None
+        except (msgspec.MsgspecError, UnicodeError):
+            pass  # the reason is found below
+        return _text_or_fault(line, column)
+
+    return text_of
+
+
+def _text_of_literal(literal):
+    """The text of a long JSON string, decoded in pieces.
+
+    Whole, it could take four bytes for each of its characters.
+    """
+    pieces, start, last = [], 1, len(literal) - 1
+    while start < last:
+        cut = NO_ESCAPE.search(literal, start + LONG_BYTES)
+        end = cut.start() if cut else last
+        piece = b'"%b"' % literal[start:end]
+        pieces.append(msgspec.json.decode(piece, type=str).encode())
+        start = end
+    return b"".join(pieces)
+
+
+def _text_or_fault(line, column):
+    """As _plain_text, for a line that is not as it should be."""
+    if not line.strip():
+        return b"", None
     try:
-        text = json.loads(line.decode("utf-8", "replace"))[column]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        # Its structure may be sound: replace inside the whole line.
+        text, _ = _text_or_fault(line.decode("utf-8", "replace"), column)
+        return text, f"it is not UTF-8 ({error})"
+    except ValueError as error:
+        return None, f"it is not JSON ({error})"
+    if not isinstance(record, dict) or column not in record:
+        fields = ", ".join(record) if isinstance(record, dict) else "none"
+        return None, (
+            f"it has no field {column!r}, only {fields} (--column names"
+            " another)"
+        )
+    text = record[column]
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        return None, f"its text is {found}"
+    try:
+        return text.encode(), None
+    except UnicodeEncodeError as error:
+        return text, f"its text has a lone surrogate ({error})"

@@ -1,7 +1,7 @@
 """The one pipeline from a corpus to a dataset, for every `prepare.py`.
 
-Records are read in blocks, encoded by worker processes, and written in order
-as parts of about a gigabyte. A part that is finished stays: a killed run
+Records are read in blocks, encoded in threads, and written in order as parts
+of about a gigabyte. A part that is finished stays: a killed run
 goes on after the last one, and its bytes are those of an undisturbed run.
 All is kept in the dataset's folder under `.prepare/` until the last step,
 which gives the parts their names and writes meta.json.
@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import corpus_readers
-from data.corpus_encoder import Encoder, load_tokenizer
+from data.corpus_encoder import BlockEncoder, Encoder, encoded
 from data.corpus_options import parse_arguments
 from data.corpus_readers import (
     HUB,
@@ -38,7 +38,7 @@ from data.corpus_readers import (
     find_inputs,
     read_blocks,
 )
-from data.corpus_workers import BlockEncoder, Settings, Workers
+from data.corpus_tokenizer import load_tokenizer
 from training.dataset_record import SPLITS, DatasetError, bins, part_path
 from training.dataset_writer import BinWriter, DatasetWriter, sync_folder
 
@@ -65,13 +65,7 @@ class Job:
         self.folder, self.name = options.out, options.name
         self.work = options.out / WORK_FOLDER
         self.tokenizer, self.files = tokenizer, files
-        self.settings = Settings(
-            options.column,
-            options.on_bad_text,
-            options.val_share,
-            SEED,
-        )
-        self.max_documents = options.max_documents
+        self.options = options
         self.part_tokens = corpus.part_tokens
         size = corpus.files_per_lane or max(len(files), 1)
         if options.max_documents is not None:
@@ -113,9 +107,9 @@ class Job:
             "records": counts["records"],
             "left_out": {k: counts[k] for k in ("empty", "skipped")},
             "replaced": counts["replaced"],
-            "on_bad_text": self.settings.on_bad_text,
-            "max_documents": self.max_documents,
-            "val_share": self.settings.val_share,
+            "on_bad_text": self.options.on_bad_text,
+            "max_documents": self.options.max_documents,
+            "val_share": self.options.val_share,
             "seed": SEED,
             "split": "by a seeded hash of each document's text",
             "special_tokens": "encoded as plain text",
@@ -246,18 +240,17 @@ class Part:
     def tokens(self):
         return sum(writer.tokens for writer in self._bins.values())
 
-    def add(self, records, encoded, counts):
-        self.counts += counts
-        self.counts["records"] += records
-        for split, documents in encoded.items():
-            if documents is None:
-                continue
+    def add(self, documents_of, counts):
+        for split, documents in documents_of.items():
             if split not in self._bins:
                 path = self.work / f"{self.stem}.{split}.bin"
                 self._bins[split] = BinWriter(path)
-            self._bins[split].add(documents.ids)
-            self._lengths[split].append(documents.lengths)
+            for ids in documents.ids:
+                self._bins[split].add(ids)
+            lengths = [documents.tokens, documents.sizes]
+            self._lengths[split].append(np.array(lengths, np.uint64).T)
             self._digests[split] += documents.digests
+        self.counts += counts
 
     def finish(self, next_block, last):
         """Make the part durable; its record is written last."""
@@ -268,45 +261,37 @@ class Part:
             arrays[f"{split}_lengths"] = np.concatenate(self._lengths[split])
             digests = np.frombuffer(self._digests[split], np.uint8)
             arrays[f"{split}_digests"] = digests
-        path = self.work / f"{self.stem}.npz"
-        with open(path, "wb") as file:
+        with open(self.work / f"{self.stem}.npz", "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        record = {
-            "next": next_block,
-            "last": last,
-            "counts": dict(self.counts),
-            "bins": records,
-        }
-        write_durably(
-            self.work / f"{self.stem}.json", json.dumps(record).encode()
-        )
+        record = {"next": next_block, "last": last, "bins": records}
+        record["counts"] = dict(self.counts)
+        path = self.work / f"{self.stem}.json"
+        write_durably(path, json.dumps(record).encode())
 
     def abort(self):
         for writer in self._bins.values():
             writer.abort()
 
 
-def prepare_lane(job, lane, workers, progress):
+def prepare_lane(job, lane, encode, progress):
     """Write the parts of a lane that are missing."""
     parts = finished_parts(job, lane)
     if parts and parts[-1]["last"]:
         return
-    files = job.lanes[lane]
+    files, options = job.lanes[lane], job.options
     start = tuple(parts[-1]["next"]) if parts else (0, 0)
-    left = job.max_documents
-    if left is not None:
-        left -= sum(part["counts"]["records"] for part in parts)
-    blocks = first_records(
-        read_blocks(files, start, job.settings.column), left
-    )
-    part = Part(job.work, f"{lane:05d}_{len(parts):05d}")
+    blocks = read_blocks(files, start, options.column)
+    if options.max_documents is not None:
+        done = sum(part["counts"]["records"] for part in parts)
+        blocks = first_records(blocks, options.max_documents - done)
     number = len(parts)
+    part = Part(job.work, f"{lane:05d}_{number:05d}")
     try:
-        for records, block, (encoded, counts) in workers.encoded(blocks):
-            part.add(records, encoded, counts)
-            progress.show(lane, block, encoded)
+        for block, result in encoded(blocks, encode, options.num_proc):
+            part.add(*result)
+            progress.show(lane, block, result[0])
             if part.tokens >= job.part_tokens:
                 part.finish(block.next, last=False)
                 number += 1
@@ -318,13 +303,10 @@ def prepare_lane(job, lane, workers, progress):
 
 
 def first_records(blocks, limit):
-    """The blocks up to `limit` records in all; None for no limit."""
-    if limit is None:
-        yield from blocks
-        return
+    """The blocks up to `limit` records in all."""
     while limit > 0 and (block := next(blocks, None)):
-        block = block.head(limit)
-        limit -= block.records
+        block = block._replace(records=block.records[:limit])
+        limit -= len(block.records)
         yield block
 
 
@@ -333,19 +315,17 @@ class Progress:
 
     def __init__(self, job, lanes):
         self.text = self.tokens = 0
-        self._start = time.perf_counter()
-        sizes = [sum(f.size for f in job.lanes[lane]) for lane in lanes]
+        sizes = [sum(file.size for file in job.lanes[lane]) for lane in lanes]
         self._before = dict(zip(lanes, np.cumsum([0, *sizes]).tolist()))
         self.bar = tqdm(
             total=sum(sizes), unit="B", unit_scale=True, desc="reading"
         )
 
-    def show(self, lane, block, encoded):
-        for documents in encoded.values():
-            if documents is not None:
-                self.tokens += len(documents.ids)
-                self.text += int(documents.lengths[:, 1].sum())
-        seconds = time.perf_counter() - self._start
+    def show(self, lane, block, documents_of):
+        for documents in documents_of.values():
+            self.tokens += sum(documents.tokens)
+            self.text += sum(documents.sizes)
+        seconds = time.time() - self.bar.start_t
         self.bar.set_postfix_str(
             f"text {self.text / 1e6 / seconds:.1f} MB/s,"
             f" {self.tokens / 1e6 / seconds:.2f} M tokens/s",
@@ -373,14 +353,22 @@ def merge(job, overwrite):
             f" {', '.join(map(str, missing[:20]))}; run the shards that have"
             " them (lane k belongs to shard k mod n)"
         )
-    check_both_splits(job, [part for _, part in parts])
+    source = job.source([part for _, part in parts])
+    bins_of = Counter(split for _, part in parts for split in part["bins"])
+    if empty := [split for split in SPLITS if not bins_of[split]]:
+        raise CorpusError(
+            f"of {source['records']} records no document went to"
+            f" {' and '.join(empty)} at --val_share={source['val_share']}; give"
+            " more documents, or another share with --val_share and"
+            " --overwrite"
+        )
     with DatasetWriter(
         job.folder,
         name=job.name,
         vocab_size=job.tokenizer.vocab_size,
         tokenizer=job.tokenizer.record,
-        source=job.source([part for _, part in parts]),
-        shard_tokens=job.part_tokens if several_bins(parts) else None,
+        source=source,
+        shard_tokens=job.part_tokens if max(bins_of.values()) > 1 else None,
         overwrite=overwrite,
     ) as writer:
         for name, content in job.tokenizer.files.items():
@@ -400,23 +388,6 @@ def merge(job, overwrite):
     return meta, sum(part["counts"].get("checked", 0) for _, part in parts)
 
 
-def several_bins(parts):
-    found = Counter(split for _, part in parts for split in part["bins"])
-    return max(found.values()) > 1
-
-
-def check_both_splits(job, parts):
-    found = {split for part in parts for split in part["bins"]}
-    empty = [split for split in SPLITS if split not in found]
-    if empty:
-        records = sum(part["counts"]["records"] for part in parts)
-        raise CorpusError(
-            f"of {records} records no document went to {' and '.join(empty)}"
-            f" at --val_share={job.settings.val_share}; give more documents,"
-            " or another share with --val_share and --overwrite"
-        )
-
-
 # The command
 
 
@@ -425,8 +396,8 @@ def prepare(options, corpus):
     tokenizer = load_tokenizer(
         options.tokenizer,
         corpus.tokenizer,
-        getattr(options, "eot_token", None),
-        getattr(options, "vocab_size", None),
+        options.eot_token,
+        options.vocab_size,
     )
     job = Job(options, corpus, tokenizer, corpus_files(options))
     if is_done(job, options.overwrite):
@@ -434,10 +405,10 @@ def prepare(options, corpus):
         print(f"{job.folder} already holds this dataset: nothing to do")
         return
     begin(job, options.overwrite)
-    if not getattr(options, "merge", False):
-        index, total = getattr(options, "shard", None) or (0, 1)
+    if not options.merge:
+        index, total = options.shard or (0, 1)
         prepare_lanes(job, list(range(index, len(job.lanes), total)), options)
-        if getattr(options, "shard", None):
+        if options.shard:
             print(
                 f"shard {index}/{total} is prepared; when all are, run this"
                 " command with --merge"
@@ -454,18 +425,20 @@ def prepare(options, corpus):
 
 def prepare_lanes(job, lanes, options):
     forced = options.encoder == "tokenizers"
-    encoder = Encoder(job.tokenizer, "--encoder=tokenizers" if forced else None)
-    describe(job, encoder.fallback, options.num_proc)
-    encode = BlockEncoder(job.settings, encoder)
-    with Workers(encode, options.num_proc) as workers:
-        progress = Progress(job, lanes)
-        with progress.bar:
-            for lane in lanes:
-                with locked(job.work / f"{lane:05d}.lock"):
-                    prepare_lane(job, lane, workers, progress)
+    fallback = "--encoder=tokenizers" if forced else None
+    encoder = Encoder(job.tokenizer, fallback, options.num_proc)
+    describe(job, encoder.fallback)
+    encode = BlockEncoder(
+        encoder, options.column, options.on_bad_text, options.val_share, SEED
+    )
+    progress = Progress(job, lanes)
+    with progress.bar:
+        for lane in lanes:
+            with locked(job.work / f"{lane:05d}.lock"):
+                prepare_lane(job, lane, encode, progress)
 
 
-def describe(job, fallback, num_proc):
+def describe(job, fallback):
     record = job.tokenizer.record
     print(
         f"{record['name']}: {record['size']:,} ids,"
@@ -478,7 +451,7 @@ def describe(job, fallback, num_proc):
     size = sum(file.size for file in job.files)
     print(
         f"{len(job.files):,} files, {size / 1e9:.2f} GB, {len(job.lanes)}"
-        f" lane(s), {num_proc} worker(s), into {job.folder}"
+        f" lane(s), {job.options.num_proc} core(s), into {job.folder}"
     )
 
 

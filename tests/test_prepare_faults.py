@@ -31,7 +31,6 @@ from corpus_cases import (
     write_raw_lines,
 )
 
-from data import corpus_workers
 from training.dataset import DatasetError, open_dataset, verify
 
 CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
@@ -159,8 +158,8 @@ def test_finished_parts_are_not_made_again(corpus, tiny_tokenizer, tmp_path):
     assert after == before
 
 
-def test_kill_of_a_run_with_workers(tiny_tokenizer, tmp_path):
-    """The real command with two worker processes, killed as it writes."""
+def test_kill_of_a_run_on_two_cores(tiny_tokenizer, tmp_path):
+    """The real command with its threads, killed as it writes."""
     texts = [text * 40 for text in make_texts(700)]
     corpus = write_parquet(tmp_path / "in.parquet", texts, row_group_size=90)
     arguments = [
@@ -171,31 +170,16 @@ def test_kill_of_a_run_with_workers(tiny_tokenizer, tmp_path):
     part = tmp_path / "set" / ".prepare" / ".00000_00000.train.bin.part"
     while not part.exists() and run.poll() is None:
         time.sleep(0.002)
-    workers = psutil.Process(run.pid).children()
+    assert psutil.Process(run.pid).num_threads() > 3
     run.kill()
     run.communicate()
     assert run.returncode == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(workers, timeout=20)
-    assert len(gone) >= 2 and alive == []
     assert part.exists() and not list((tmp_path / "set").glob("*.bin"))
     code, _, said = run_script("custom", *arguments)
     assert code == 0, said
     prepare(tmp_path / "whole", corpus, tiny_tokenizer, part_tokens=2**28,
             val_share=0.005)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-
-
-def test_a_worker_that_dies_is_named(
-    corpus, tiny_tokenizer, tmp_path, monkeypatch
-):
-    def die(block):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    # Workers are forked, so this reaches them.
-    monkeypatch.setattr(corpus_workers.BlockEncoder, "__call__",
-                        lambda self, block: die(block))
-    with pytest.raises(SystemExit, match="worker process died .exit code -9"):
-        prepare(tmp_path / "set", corpus, tiny_tokenizer, "--num_proc=2")
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_tokenizer, tmp_path):
@@ -407,7 +391,7 @@ def test_replaced_texts_hold_the_replacement(tiny_tokenizer, tmp_path):
     from data.corpus_readers import Block, texts
 
     data = b'{"text": "x\\ud83dy"}\n{"text": "caf\xe9!"}\n'
-    block = Block(["f"], 0, data, None, None, 0, (0, 1))
+    block = Block(["f"], 0, data.splitlines(), True, 0, (0, 1))
     found = list(texts(block, "text", "replace"))
     assert found == [("x\ufffdy".encode(), "replaced"),
                      ("caf\ufffd!".encode(), "replaced")]

@@ -326,15 +326,6 @@ def test_merges_come_from_ranks():
     assert rust.encode("abcab").ids == [258, 257]
 
 
-def test_wrong_ranks_are_refused():
-    with pytest.raises(qwen3.TokenizerError, match="b'abc' with rank 256"):
-        qwen3.build_tokenizer_json(toy_ranks(b"abc"))
-    ranks = toy_ranks(b"ab")
-    del ranks[b"q"]
-    with pytest.raises(qwen3.TokenizerError, match=r"256 of .* bytes \[113\]"):
-        qwen3.build_tokenizer_json(ranks)
-
-
 def test_changed_rank_file_is_refused(qwen3_wheel, tmp_path):
     data = qwen3.read_ranks_from_wheel(qwen3_wheel)
     changed = data.replace(b" 7\n", b" 8\n", 1)
@@ -348,8 +339,8 @@ def test_changed_rank_file_is_refused(qwen3_wheel, tmp_path):
     with pytest.raises(qwen3.TokenizerError, match="cut.whl is damaged"):
         qwen3.read_ranks_from_wheel(cut)
     with zipfile.ZipFile(cut, "w") as archive:
-        archive.writestr("dashscope/resources/qwen.tiktoken", b"IQ== ")
-    with pytest.raises(qwen3.TokenizerError, match="5 bytes; expected 2,561"):
+        archive.writestr("dashscope/resources/other.tiktoken", b"IQ== 0")
+    with pytest.raises(qwen3.TokenizerError, match="no item named.*qwen.tikt"):
         qwen3.read_ranks_from_wheel(cut)
 
 
@@ -408,8 +399,8 @@ def test_wrong_tokenizer_is_refused(qwen3_folder, text, tmp_path):
     with pytest.raises(qwen3.TokenizerError) as caught:
         qwen3.check_tokenizer(path)
     said = str(caught.value)
-    assert "eos_token is <|endoftext|>, expected <|im_end|>" in said
-    assert "bos_token is <|im_start|>, expected None" in said
+    assert "'bos_token': '<|im_start|>', 'eos_token': '<|endoftext|>'" in said
+    assert "expected 151,669 and {'bos_token': None" in said
     (path / "tokenizer.json").write_text(text.replace("NFC", "NFD", 1))
     with pytest.raises(qwen3.TokenizerError, match="--overwrite") as caught:
         qwen3.download_qwen3_tokenizer(path, "pypi")

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import unicodedata
+import zlib
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -26,16 +28,19 @@ from corpus_cases import (
 )
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
+    pre_tokenizers,
     trainers,
 )
 
 from data import corpus_encoder, corpus_readers
-from data.corpus_encoder import Encoder, load_tokenizer
+from data.corpus_encoder import Encoder
 from data.corpus_readers import CorpusError, find_inputs
+from data.corpus_tokenizer import load_tokenizer
 from training.dataset import open_dataset, verify
 
 EOT = 598  # of the tiny tokenizer
@@ -334,31 +339,93 @@ def test_rare_characters_are_encoded_as_the_reference_does(
     assert any(s != unicodedata.normalize("NFC", s)
                for s in strings)
     assert sum(
-        corpus_encoder.unknown_characters()[list(map(ord, s))].any()
-        for s in strings
+        (encoder._kind(s) == corpus_encoder.RARE).any() for s in strings
     ) > 100
     # Words, of which a part is encoded by the reference alone, and pieces.
     strings += ["x y".join(strings[n : n + 9]) for n in range(0, 1400, 7)]
+    strings += ["\n".join(strings[n : n + 9]) for n in range(0, 1400, 7)]
     strings.append("a\u0301 line x y" * 50 + "\U00011de9 x\n\nlast e\u0301")
     monkeypatch.setattr(corpus_encoder, "PIECE_BYTES", 40)
-    assert len(encoder._pieces(strings[-1].encode())) > 9
     data = [string.encode() for string in strings]
-    ids, cuts = encoder.encode_rows(data)
-    expected = reference(tiny_tokenizer).encode_batch(strings)
-    assert [row.tolist() for row in np.split(ids, cuts)] == [
-        e.ids for e in expected
+    batches = list(encoder.batches(data))
+    assert sum(map(len, batches)) > len(strings) + 500
+    assert encoded_ids(encoder, data) == [
+        e.ids for e in reference(tiny_tokenizer).encode_batch(strings)
     ]
+
+
+def encoded_ids(encoder, data):
+    """The ids of each document, without end-of-text."""
+    tokens = [0] * len(data)
+    arrays = [*encoder.encode_documents(data, tokens, Counter())]
+    rows = np.split(np.concatenate(arrays), np.cumsum(tokens)[:-1])
+    assert [row[-1] for row in rows] == [encoder.eot_id] * len(data)
+    return [row[:-1].tolist() for row in rows]
+
+
+def words_of(pattern):
+    """Content of a tokenizer with a word pattern, GPT-2's for None."""
+    last = pre_tokenizers.ByteLevel(False, use_regex=pattern is None)
+    steps = [last]
+    if pattern:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    words = pre_tokenizers.Sequence(steps) if pattern else last
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = words
+    return words, json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("pattern", [None, *corpus_encoder.LINE_PATTERNS])
+def test_pieces_are_cut_where_words_end(pattern):
+    words, content = words_of(pattern)
+    border, cuts = corpus_encoder.border_of(content), 0
+    spaces = [" ", "  ", "\n", " \n", "\r\n", "\n\n", "\t", "\u3000\n", ". "]
+    rng = random.Random(2)
+    for string in random_strings(1000):
+        text = "".join(
+            part + rng.choice(("", "a", "."))
+            + rng.choice(spaces) + rng.choice(("a", "", "'s", "\u4f60"))
+            for part in re.split("([ \n])", string)
+        )
+        data = text.encode()
+        starts = [0, *(m.start() for m in border.finditer(data)), len(data)]
+        pieces = [data[i:j].decode() for i, j in zip(starts, starts[1:])]
+        cuts += len(pieces) - 1
+        found = [w for p in pieces for w, _ in words.pre_tokenize_str(p)]
+        assert found == [w for w, _ in words.pre_tokenize_str(text)], text
+    assert cuts > 100
+
+
+def test_other_word_patterns_are_never_cut():
+    _, content = words_of(r"\p{L}+( \p{L}+)*|\s+|.")
+    assert corpus_encoder.border_of(content) is None
+    content["pre_tokenizer"] = None
+    assert corpus_encoder.border_of(content) is None
+    _, content = words_of(None)
+    content["normalizer"] = {"type": "Prepend", "prepend": "x"}
+    assert corpus_encoder.border_of(content) is None
+
+
+def test_long_json_strings_are_decoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(corpus_readers, "LONG_BYTES", 5)
+    texts = [*random_strings(200), '"\\"\\\\ \\', "\U0001f469" * 9 + '"' * 9]
+    for text in texts:
+        for ascii in (True, False):
+            literal = json.dumps(text, ensure_ascii=ascii).encode()
+            found = corpus_readers._text_of_literal(memoryview(literal))
+            assert found == text.encode()
+            line = b'{"n": [1], "text": %b, "b": "\\"text\\": 1"}' % literal
+            block = corpus_readers.Block(["f"], 0, [line], True, 0, (0, 1))
+            found = list(corpus_readers.texts(block, "text", "stop"))
+            assert found == [(text.encode(), None)]
 
 
 def test_special_tokens_are_plain_text(tiny_tokenizer):
     tokenizer = load_tokenizer(str(tiny_tokenizer))
     encoder = Encoder(tokenizer)
     assert encoder.fallback is None
-    ids, counts = encoder.encode_documents(
-        [b"<|endoftext|>", b"<think>x"]
-    )
-    assert (ids == EOT).sum() == 2 and (ids == EOT + 1).sum() == 0
-    assert ids[counts[0] - 1] == ids[-1] == EOT and counts.sum() == len(ids)
+    found = encoded_ids(encoder, [b"<|endoftext|>", b"<think>x"])
+    assert EOT not in sum(found, []) and EOT + 1 not in sum(found, [])
 
 
 def sentencepiece_like(path):
@@ -425,15 +492,15 @@ def test_tokenizer_that_gigatoken_does_not_load(
 def test_a_wrong_id_of_the_fast_library_is_found(tiny_tokenizer):
     encoder = Encoder(load_tokenizer(str(tiny_tokenizer)))
     texts = [text.encode() for text in make_texts(20)]
-    ids, counts = encoder.encode_documents(texts)
-    digest = bytes(32)  # begins with document 0
-    assert encoder.check_sample(texts, ids, counts, digest) > 5
-    ids[3] += 1
+    rows = encoder.encode_pieces(texts)
+    first = zlib.crc32(texts[0]) % 20  # where the sample begins
+    assert encoder.check_sample(texts, rows) == 20 - first > 2
+    rows[first] = rows[first].copy()
+    rows[first][3] += 1
     with pytest.raises(CorpusError, match="gigatoken and tokenizers disagree"):
-        encoder.check_sample(texts, ids, counts, digest)
+        encoder.check_sample(texts, rows)
     long = [b"word " * 20_000]
-    ids, counts = encoder.encode_documents(long)
-    assert encoder.check_sample(long, ids, counts, digest) == 1
+    assert encoder.check_sample(long, encoder.encode_pieces(long)) == 1
 
 
 def test_ids_beyond_vocab_size_are_refused(lines, tiny_tokenizer, tmp_path):

@@ -28,7 +28,7 @@ from training.dataset_record import (
     tokenizer_problems,
 )
 
-BUFFER_IDS = 2**22  # 16 MB of uint32 for each split being written
+BUFFER_IDS = 2**20  # 4 MB of uint32 for each split being written
 
 
 def sync_folder(folder):
@@ -61,38 +61,42 @@ def checked_ids(ids, vocab_size):
 class BinWriter:
     """One bin, written in bounded memory under its temporary name.
 
-    The caller passes ids that `checked_ids` has seen. `finish` makes the file
-    durable and returns its record; renaming is left to the caller.
+    The caller passes ids that `checked_ids` has seen, as uint32 arrays that
+    it does not change. `finish` makes the file durable and returns its
+    record; renaming is left to the caller.
     """
 
     def __init__(self, path):
         self.path = path
         self.tokens = self.max_id = self._held = 0
         self._hash = hashlib.sha256()
-        self._buffer = np.empty(BUFFER_IDS, DTYPES["uint32"])
+        self._waiting = []
         self._file = open(part_path(path), "wb", buffering=0)
 
     def add(self, ids):
-        done = 0
-        while done < len(ids):
-            count = min(len(ids) - done, BUFFER_IDS - self._held)
-            piece = self._buffer[self._held : self._held + count]
-            piece[:] = ids[done : done + count]
-            self._held += count
-            done += count
-            if self._held == BUFFER_IDS:
-                self._flush()
+        self._waiting.append(ids)
         self.tokens += len(ids)
+        self._held += len(ids)
+        if self._held >= BUFFER_IDS:
+            self._flush()
 
     def _flush(self):
-        ids = self._buffer[: self._held]
-        if self._held:
-            self.max_id = max(self.max_id, int(ids.max()))
-        left = memoryview(ids.view(np.uint8))
+        if not self._held:
+            return
+        ids = self._waiting[0]
+        if len(self._waiting) > 1:
+            ids = np.concatenate(self._waiting)
+        self.max_id = max(self.max_id, int(ids.max()))
+        left, start = memoryview(ids.view(np.uint8)), self._file.tell()
         self._hash.update(left)
         while left:  # an unbuffered write may take only a part
             left = left[self._file.write(left) :]
-        self._held = 0
+        if hasattr(os, "posix_fadvise"):
+            # The disk may begin, so that fsync finds little left to wait for.
+            os.posix_fadvise(
+                self._file.fileno(), start, ids.nbytes, os.POSIX_FADV_DONTNEED
+            )
+        self._waiting, self._held = [], 0
 
     def finish(self):
         self._flush()
@@ -132,8 +136,7 @@ class SplitWriter:
     def add(self, ids, eot_id, text_bytes, text_digest):
         if self._bin is None:
             self._bin = BinWriter(self.next_path())
-        self._bin.add(ids)
-        self._bin.add([eot_id])
+        self._bin.add(np.append(ids, eot_id).astype(DTYPES["uint32"]))
         self.tokens += len(ids) + 1
         self.documents += 1
         self.bytes += text_bytes
