@@ -348,7 +348,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_x:
                 torch.mm(grad, w, out=dx[rows])
             if needs_w and x.dtype == torch.float32:
-                dw.addmm_(grad.t(), x[rows], beta=float(start > 0))
+                torch.addmm(dw, grad.t(), x[rows], beta=float(start > 0),
+                            out=dw)
             elif needs_w:
                 product = grad.t() @ x[rows]
                 dw.add_(product) if start else dw.copy_(product)

@@ -676,7 +676,7 @@ def test_draw_treats_rows_apart():
 
 def test_compiles_whole_and_equals_eager(monkeypatch):
     import model_components
-    monkeypatch.setattr(model_components, 'LOSS_CHUNK_ROWS', 20)  # 2 chunks
+    monkeypatch.setitem(model_components.LOSS_CHUNK_ROWS, 'cpu', 20)  # 2 chunks
     model = tiny(n_layer=1, block_size=16, attention_backend='flash_attn_2')
     x, y = tokens(length=16), tokens(length=16, seed=2)
     y[0, :3] = -1
