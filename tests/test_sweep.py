@@ -43,10 +43,11 @@ def plan(schema, data):
     """(configurations, sweep, given) of a sweep's options."""
     def plan(*files, sizes=True, **options):
         argv = [f'--{k}={v}' for k, v in options.items()]
+        argv.append(f'--dataset={data / "small"}')
         if sizes:
             argv += [f'--{k}={v}' for k, v in (TINY | {
-                'n_layer': 2, 'n_embd': 64, 'n_head': 4, 'head_dim': 16,
-                'dataset': data / 'small'}).items()]
+                'n_layer': 2, 'n_embd': 64, 'n_head': 4,
+                'head_dim': 16}).items()]
         sweep, given = read_sweep(schema, list(map(str, files)), argv)
         return plan_configurations(sweep, given, schema), sweep, given
     return plan
