@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -21,15 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.vs_peers import resident  # noqa: E402
 from model_builder import ConfigurableGPT  # noqa: E402
 from model_config import get_preset_config  # noqa: E402
 from training.memory import Setting, memory_plan  # noqa: E402
 from training.optimizer import build_optimizer  # noqa: E402
-
-
-def resident(field):
-    text = Path('/proc/self/status').read_text()
-    return int(re.search(field + r':\s+(\d+) kB', text)[1]) * 1024
 
 
 def measured(config, setting):

@@ -157,6 +157,7 @@ def test_round_trip(tmp_path, documents, shard_tokens):
 
 
 def test_meta_pkl_holds_the_plain_keys(folder):
+    # as nanoGPT's scripts read it; the fixture has written it
     meta = pickle.loads((folder / "meta.pkl").read_bytes())
     dataset = open_dataset(folder)
     assert meta == {

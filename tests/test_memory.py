@@ -106,6 +106,19 @@ def test_every_configuration_fits(name):
     assert total_gb(config, setting) < gpu['b200'].memory_gb
 
 
+def test_a_configuration_with_scaled_positions():
+    """Its fields hold a dict, which has no hash."""
+    scaling = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0,
+               'high_freq_factor': 4.0,
+               'original_max_position_embeddings': 64}
+    sizes = dict(n_layer=1, n_embd=64, n_head=4, d_ff=128, vocab_size=64,
+                 block_size=128)
+    plain, scaled = (memory_plan(get_preset_config('llama3', **sizes, **kw),
+                                 Setting(batch_size=2, compile=False))
+                     for kw in ({}, {'rope_scaling': scaling}))
+    assert plain == scaled
+
+
 def test_one_process_does_not_fit_what_two_share():
     """The plan must be able to say no."""
     from plan import planned_setting

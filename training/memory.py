@@ -8,6 +8,7 @@ arithmetic. tests/test_memory.py holds it against processes that train.
 
 import dataclasses
 import functools
+import json
 import warnings
 
 import torch
@@ -19,7 +20,6 @@ from model_builder import BLOCKS, ConfigurableGPT
 from model_components import LOSS_CHUNK_ROWS, build_rope
 from model_config import ModelArchitectureConfig
 
-PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'loss', 'buffers')
 STRATEGIES = ('ddp', 'zero1', 'fsdp')
 
 
@@ -39,6 +39,21 @@ class Setting:
     device_type: str = 'cuda'
 
 
+def once_per_config(function):
+    """functools.cache for a configuration, which may hold a dict."""
+    results = {}
+
+    @functools.wraps(function)
+    def cached(config, *arguments):
+        key = json.dumps(config.to_dict(), sort_keys=True), *arguments
+        if key not in results:
+            results[key] = function(config, *arguments)
+        return results[key]
+
+    return cached
+
+
+@once_per_config
 def count_parameters(config: ModelArchitectureConfig) -> tuple[int, int]:
     """(total, non-embedding) of a model that is not allocated."""
     with torch.device('meta'):
@@ -47,12 +62,12 @@ def count_parameters(config: ModelArchitectureConfig) -> tuple[int, int]:
 
 
 def memory_plan(config: ModelArchitectureConfig, setting: Setting) -> dict:
-    """Bytes on one device at the fullest moment of a step, by PARTS.
+    """Bytes on one device at the fullest moment of a step, by their use.
 
-    'activations' are what the blocks keep, 'loss' the head's buffers,
-    'buffers' copies of weights in the compute dtype and what one block's
-    backward pass works with. The context of a GPU and what its allocator
-    cannot use come on top.
+    'weights', 'gradients', 'optimizer'; 'activations' are what the blocks
+    keep, 'loss' the head's buffers, 'buffers' copies of weights in the compute
+    dtype and what one block's backward pass works with. The context of a GPU
+    and what its allocator cannot use come on top.
     """
     s, c = setting, config
     P = count_parameters(c)[0]
@@ -82,10 +97,11 @@ def memory_plan(config: ModelArchitectureConfig, setting: Setting) -> dict:
         copies *= c.n_layer
     # the final norm's input and output, and the tokens as int64
     kept_activations += 2 * N * c.n_embd * size + 3 * 8 * N
-    if s.strategy == 'fsdp' and s.world_size > 1 and size == 2:
-        # what is gathered is in bf16 already
-        copies = 2 * (P if not s.fsdp_reshard_after_forward
-                      else P - c.n_layer * block + 2 * block)
+    if s.strategy == 'fsdp' and s.world_size > 1:
+        # what is gathered has the compute dtype already: all of it, or two
+        # blocks and what lies outside of them
+        gathered = c.n_layer if not s.fsdp_reshard_after_forward else 2
+        copies = size * (P - (c.n_layer - gathered) * block)
 
     head = c.vocab_size * c.n_embd
     computing = loss_buffers(c, s, N, size)
@@ -113,6 +129,7 @@ def loss_buffers(c, s: Setting, N: int, size: int) -> int:
     return logits + gradients + (2 * 2 * head if size == 2 else 0)
 
 
+@once_per_config
 def block_parameters(config) -> int:
     with torch.device('meta'):
         block = BLOCKS[config.norm_position](config)
@@ -145,7 +162,7 @@ def _attention(q, k, v, dropout):
     return y.transpose(1, 2)
 
 
-@functools.lru_cache
+@once_per_config
 def block_memory(config: ModelArchitectureConfig, dtype: str,
                  compiled: bool, budget: float = 1.0) -> tuple[int, int]:
     """(bytes per sequence, bytes per block) that a block keeps from its

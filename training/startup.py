@@ -55,7 +55,8 @@ from training.settings import resolve
 from training.strategies import Replicated, build_strategy
 
 # with other values of these, init_from='auto' goes on with a run all the same
-FREE_OPTIONS = ('init_from', 'dist_timeout_s', 'step_timeout_s')
+FREE_OPTIONS = ('init_from', 'dist_timeout_s', 'step_timeout_s', 'profile',
+                'dry_run')
 
 
 @dataclasses.dataclass
