@@ -15,14 +15,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from running import ROOT
+
+from model_builder import ConfigurableGPT
 
 DOCUMENTS = sorted(
     [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('data/*/*.md')])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 PROGRAMS = ('python', 'torchrun', 'make', 'pip', '.', 'hf', 'sbatch', 'bash',
             'vllm', 'transformers', 'lm_eval', 'curl', 'git', 'export', 'cd',
-            'llama-cli', 'llama-server', '.venv/bin/python')
+            'llama-cli', 'llama-server', '.venv/bin/python', 'for')
 
 # a few steps in place of the whole run; the last of an option counts
 SHORT = ('--max_iters=2', '--eval_interval=2', '--eval_bytes=2000',
@@ -30,6 +33,8 @@ SHORT = ('--max_iters=2', '--eval_interval=2', '--eval_bytes=2000',
 
 # (what the command looks like, what is done with it), the first that fits
 RULES = [
+    # the tables under it have a test of their own
+    (r'for config in config/full_', 'tables'),
     # of another machine, or of another project
     (r'(hf|sbatch|vllm|transformers|curl|git|export|cd|llama-\w+) ', 'not here'),
     (r'python (\S*/)?convert_hf_to_gguf.py|lm_eval ', 'not here'),
@@ -72,12 +77,16 @@ def commands_of(path: Path) -> list[str]:
         elif block:
             blocks.append(block)
             block = []
+    blocks.append(block)
     commands = []
-    for block in [*blocks, block]:
+    for block in blocks:
         lines = re.sub(r' *\\\n\s*', ' ', '\n'.join(block)).splitlines()
         lines = [re.sub(r'(^|\s{2,})#.*', '', line).strip() for line in lines]
         lines = [line for line in lines if line]
         if not lines or lines[0].split()[0] not in PROGRAMS:
+            continue
+        if lines[0].startswith('for '):
+            commands.append(' '.join(lines))
             continue
         quoted = ''  # a quoted text may go over lines
         for line in lines:
@@ -319,31 +328,43 @@ def test_worked_examples(project, tmp_path):
 
 @pytest.mark.slow
 def test_expected_performance_is_what_the_plan_says():
-    """The tables of TRAINING_GUIDE.md, config by config."""
+    """The tables of docs/performance.md and TRAINING_GUIDE.md, by config."""
     from plan import planned_setting
     from training.flops import GPUS, flops_per_token
-    from training.planning import total_gb
-    text = (ROOT / 'TRAINING_GUIDE.md').read_text()
+    from training.planning import largest_batch, total_gb
     gpus = {gpu.key: gpu for gpu in GPUS}
-    tables = re.findall(r'((?:^\| full_.*\n)+)', text, re.MULTILINE)
+    guide = rows_of(ROOT / 'TRAINING_GUIDE.md')[0]
+    tables = rows_of(ROOT / 'docs' / 'performance.md')
     machines = [('a6000', 2, []),
                 ('b200', 8, ['config/hardware_dgx_b200.py'])]
-    assert len(tables) == len(machines)
-    for table, (key, n, overlay) in zip(tables, machines, strict=True):
-        rows = [[cell.strip() for cell in row.strip('| ').split('|')]
-                for row in table.strip().split('\n')]
-        assert len(rows) == 6
-        for name, gb, rate, hours, *tokens in rows:
+    for table, column, (key, n, overlay) in zip(
+            tables, (1, 2), machines, strict=True):
+        assert len(table) == len(guide) == 6
+        for row, short in zip(table, guide, strict=True):
+            name, parameters, gb, batch, rate, hours = row
             config, run, setting = planned_setting(
                 [f'config/{name}.py', *overlay], n)
-            flops, _ = flops_per_token(config)
-            expected = 0.4 * n * gpus[key].bf16 * 1e12 / flops
-            assert float(rate.replace(',', '')) == pytest.approx(
-                expected, abs=1), name
-            total = run['max_iters'] * run['tokens_per_iter']
-            assert float(hours) == pytest.approx(
-                total / expected / 3600, abs=0.051 if '.' in hours else 0.51)
-            assert float(gb) == pytest.approx(
-                total_gb(config, setting), abs=0.06), name
-            if tokens:
-                assert tokens[0] == f'{total / 1e9:.2f} billion'
+            per_second = (0.4 * n * gpus[key].bf16 * 1e12
+                          / flops_per_token(config)[0])
+            tokens = run['max_iters'] * run['tokens_per_iter']
+            fits = largest_batch(config, setting, gpus[key].memory_gb)
+            assert (gb, batch, rate, hours) == (
+                f'{total_gb(config, setting):.1f}',
+                f'{run["options"]["batch_size"]} ({fits})',
+                f'{per_second:,.0f}', f'{tokens / per_second / 3600:.1f}')
+            with torch.device('meta'):
+                model = ConfigurableGPT(config)
+            assert parameters == f'{model.get_num_params():,}'
+            in_guide, whole = short[column].split(', ')
+            assert short[0] == f'{name}, {tokens / 1e9:.2f} billion' + (
+                ' tokens' if short is guide[0] else '')
+            assert in_guide == gb
+            assert float(whole) == pytest.approx(
+                float(hours), abs=0 if '.' in whole else 0.5)
+
+
+def rows_of(path: Path) -> list[list[list[str]]]:
+    """The cells of each table of configurations in a document."""
+    tables = re.findall(r'((?:^\| full_.*\n)+)', path.read_text(), re.MULTILINE)
+    return [[[cell.strip() for cell in row.strip('| ').split('|')]
+             for row in table.strip().split('\n')] for table in tables]
