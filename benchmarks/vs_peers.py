@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import gc
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,8 @@ from model_config import get_preset_config  # noqa: E402
 from training.device import (  # noqa: E402
     autocast,
     device_name,
+    forget_peak,
+    resident,
     resolve_device,
     synchronize,
 )
@@ -236,12 +237,6 @@ def timed(steps: dict, device, rounds: int) -> dict:
 # --- memory ------------------------------------------------------------------
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM of this process."""
-    text = Path('/proc/self/status').read_text()
-    return int(re.search(field + r':\s+(\d+) kB', text)[1]) * 1024
-
-
 def added_memory(step, n_parameters, device) -> int:
     """Bytes that a step adds to weights, gradients and optimizer state."""
     for _ in range(2):
@@ -250,12 +245,12 @@ def added_memory(step, n_parameters, device) -> int:
     gradients = 4 * n_parameters  # they are dropped between steps
     if device.type == 'cuda':
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        forget_peak(device)
         before = torch.cuda.memory_allocated(device)
         step()
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+        forget_peak(device)
         before = resident('VmRSS')
         step()
         peak = resident('VmHWM')
