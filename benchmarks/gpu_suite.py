@@ -13,6 +13,7 @@ status 1 if a number is wrong or a part fails.
 
 import argparse
 import datetime
+import functools
 import hashlib
 import importlib.util
 import json
@@ -230,7 +231,6 @@ def fsdp(smoke):
     """Ten updates under FSDP2 on one device against ten without it."""
     import torch.distributed as dist
 
-    from training.distributed import Ranks
     from training.strategies import FSDP, Replicated
     device = device_of(smoke)
     dist.init_process_group('gloo' if smoke else 'nccl',
@@ -240,9 +240,11 @@ def fsdp(smoke):
     for dtype, tolerance in FSDP_TOLERANCE.items():
         if computing_dtype(device, dtype)[0] != dtype:
             continue
-        plain = ten_losses(Replicated, Ranks(), device, dtype, smoke)
-        sharded = ten_losses(FSDP, Ranks(), device, dtype, smoke, dtype=dtype,
-                             device=device, reshard_after_forward=False)
+        plain = ten_losses(Replicated, device, dtype, smoke)
+        sharded = ten_losses(
+            functools.partial(FSDP, dtype=dtype, device=device,
+                              reshard_after_forward=False),
+            device, dtype, smoke)
         apart = max(abs(a - b) / a for a, b in zip(plain, sharded))
         numbers[dtype] = apart
         lines.append(row(dtype, f'{plain[-1]:.4f}', f'{sharded[-1]:.4f}',
@@ -254,9 +256,10 @@ def fsdp(smoke):
     return lines, problems, numbers
 
 
-def ten_losses(strategy_class, ranks, device, dtype, smoke, **options):
+def ten_losses(build, device, dtype, smoke):
     from model_builder import ConfigurableGPT
     from model_config import get_preset_config
+    from training.distributed import Ranks
     sizes = dict(n_layer=4, n_embd=512, n_head=8, vocab_size=4096,
                  block_size=512)
     if smoke:
@@ -266,9 +269,8 @@ def ten_losses(strategy_class, ranks, device, dtype, smoke, **options):
     model = ConfigurableGPT(get_preset_config('llama3', **sizes)).to(device)
     x = torch.randint(0, sizes['vocab_size'], (4, sizes['block_size'] + 1),
                       device=device)
-    strategy = strategy_class(
-        model, ranks, dict(learning_rate=1e-3, weight_decay=0.1,
-                           betas=(0.9, 0.95), eps=1e-8), **options)
+    strategy = build(model, Ranks(), dict(
+        learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8))
     losses = []
     for _ in range(10):
         with strategy.accumulating(True), autocast(device, dtype):
@@ -559,7 +561,7 @@ def machine(device):
 def entry(device, command, found, seconds):
     """The lines of a RESULTS.md entry."""
     today = datetime.date.today().isoformat()
-    lines = [f'## {today}: one GPU, {device_name(device)}', '',
+    lines = [f'## {today}: the GPU suite, {device_name(device)}', '',
              f'`{command}`, {seconds / 60:.1f} minutes. {machine(device)}']
     for name, (part, problems, _) in found.items():
         lines += ['', f'### {TITLES[name]}', '', *part]
