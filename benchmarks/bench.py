@@ -224,9 +224,7 @@ def measure(argv, *, warmup=3, updates=10, split=3):
                                     [*argv, *given], Nothing())
                 watch = Stopwatch(job, warmup, updates, split)
                 with contextlib.suppress(Measured), job:
-                    model = job.model
                     script.train(job, Nothing())
-                job.model = model  # it is still asked for its parameters
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(str(error)) from error
         except RuntimeError as error:
