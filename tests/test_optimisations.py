@@ -28,10 +28,12 @@ SHARED = SYSTEM | SIZES | {
     'warmup_iters': WARMUP, 'seed': SEED, 'log_interval': 1,
     'eval_interval': UPDATES, 'eval_bytes': 2000}
 
-# Largest difference of a loss, relative: within the first 50 updates, and
-# within all 200. Each is about ten times what was measured
-# (MEASURED), so that another processor's rounding passes.
-TOLERANCE = {50: 1e-5, 200: 1e-4}
+# Largest relative difference of a loss within the first 50 updates and within
+# all 200. Measured over all cases below: 1.8e-7, which is two roundings of a
+# loss near 6, and 1.3e-6, to which training has let them grow. Four times that,
+# so that another processor's order of sums passes; the smallest planted error
+# makes 2.3e-4.
+TOLERANCE = {50: 1e-6, 200: 5e-6}
 
 
 def plain_losses(folder, lr=LR):
@@ -112,6 +114,7 @@ def test_optimised_equals_plain(name, options, plain, data, tmp_path, warm,
     assert_equal(run_losses(newest(tmp_path)), plain, name, parity_report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['use_zero1', 'use_fsdp'])
 def test_two_processes_equal_plain(strategy, plain, data, tmp_path, warm_ranks,
                                    parity_report):
@@ -125,7 +128,7 @@ def test_two_processes_equal_plain(strategy, plain, data, tmp_path, warm_ranks,
 def test_a_learning_rate_off_by_a_hundredth_is_seen(plain, data):
     apart = differences(plain, plain_losses(data / 'small', lr=1.01 * LR))
     for updates, difference in apart.items():
-        assert difference > 3 * TOLERANCE[updates]
+        assert difference > 10 * TOLERANCE[updates]
 
 
 def test_a_softmax_scale_off_by_a_thousandth_is_seen(plain, data, monkeypatch):
@@ -134,4 +137,4 @@ def test_a_softmax_scale_off_by_a_thousandth_is_seen(plain, data, monkeypatch):
         lambda q, k, v, dropout: eager_attention(1.001 * q, k, v, dropout))
     apart = differences(plain, plain_losses(data / 'small'))
     for updates, difference in apart.items():
-        assert difference > 3 * TOLERANCE[updates]
+        assert difference > 10 * TOLERANCE[updates]
