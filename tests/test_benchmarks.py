@@ -10,8 +10,8 @@ from running import ROOT
 
 def table(text):
     """The cells of each row of a Markdown table, its head first."""
-    rows = [line.strip('| ').split(' | ') for line in text.splitlines()
-            if line.startswith('|')]
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in text.splitlines() if line.startswith('|')]
     return [row for row in rows if row[0] != '---']
 
 
