@@ -24,20 +24,20 @@ def run(script, *arguments):
     return done.stdout
 
 
-def test_vs_peers():
-    """Every shape, both contenders, ratios, memory in processes of their
-    own."""
+@pytest.mark.parametrize('shape, ours, peer', [
+    ('gpt2', 'gpt2', 'nanoGPT'),
+    pytest.param('small', 'qwen3', 'transformers', marks=pytest.mark.slow)])
+def test_vs_peers(shape, ours, peer):
+    """Both contenders, ratios, memory in processes of their own."""
     output = run('vs_peers.py', '--smoke', '--eager', '--rounds', '1',
-                 '--dtype', 'float32', '--shape', 'small', '--shape', 'gpt2')
+                 '--dtype', 'float32', '--shape', shape)
     assert re.match(r'.*torch \d.*transformers \d.*eager, 1 rounds\n', output)
-    head, *rows = table(output)
-    assert [(row[0], row[2]) for row in rows] == [
-        ('small', 'qwen3'), ('small', 'transformers'),
-        ('gpt2', 'gpt2'), ('gpt2', 'nanoGPT')]
-    for ours, peer in zip(rows[::2], rows[1::2], strict=True):
-        assert ours[3] == peer[3]  # as many parameters
-        assert float(ours[5]) > 0 and re.match(r'-?[\d.]+', ours[8])
-        assert len(ours) == len(peer) == len(head)
+    head, first, second = table(output)
+    assert first[:3] == [shape, 'float32', ours]
+    assert second[:3] == [shape, 'float32', peer]
+    assert first[3] == second[3]  # as many parameters
+    assert float(first[5]) > 0 and re.match(r'-?[\d.]+', first[8])
+    assert len(first) == len(second) == len(head)
 
 
 def test_nanogpt_is_gpt2():
