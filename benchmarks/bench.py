@@ -17,6 +17,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -305,7 +306,9 @@ def lines_of(r):
                            if part != 'other')),
         # they are computed along with the loss
         ('', 'where forward includes the gradients of the head')]
-    return [f'{name:13} {value}' for name, value in rows]
+    return [textwrap.fill(value, 80, initial_indent=f'{name:13} ',
+                          subsequent_indent=14 * ' ',
+                          break_on_hyphens=False) for name, value in rows]
 
 
 def main():
