@@ -625,8 +625,10 @@ def export_model(path, out, *, dtype='float32', max_shard_size='5GB',
             _write_tokenizer(part, tokenizer, source, ids)
         write_json(part / 'generation_config.json', ids | {
             'transformers_version': transformers.__version__})
+        at = Path(out).absolute()
         write_bytes(part / 'README.md', model_card(
-            source, Path(out).name, model.get_num_params(), dtype).encode())
+            source, source.run.name if at.parent == source.run else at.name,
+            model.get_num_params(), dtype).encode())
         write_json(part / 'config.json',
                    _config_values(hf_config, source.config, ids, dtype))
     return Path(out)

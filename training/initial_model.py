@@ -54,7 +54,8 @@ def adopt_architecture(parsed, source: Source):
     problems = []
     if given.get('arch_preset', family[0]) not in family:
         problems.append(f"arch_preset={given['arch_preset']!r} contradicts "
-                        f'the model, which is {" or ".join(family)}')
+                        f'the model, which is {" or ".join(family)}: leave '
+                        'it out')
     elif 'arch_preset' not in given:
         parsed.values['arch_preset'] = family[0]
     for name in ARCHITECTURE_OPTIONS:
@@ -66,10 +67,9 @@ def adopt_architecture(parsed, source: Source):
               and not (name == 'block_size' and rotary
                        and value < model[name])):
             problems.append(f'{name}={value!r} contradicts the model, which '
-                            f'has {model[name]!r}')
+                            f'has {model[name]!r}: leave it out')
     if problems:
-        raise ConfigError(problems + [
-            f'leave out what contradicts {source.folder}'])
+        raise ConfigError(problems)
 
 
 def check_vocabulary(source: Source, dataset: Dataset):
