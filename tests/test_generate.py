@@ -5,9 +5,12 @@ hf_convert.py exports. Drawing one token is in test_model.py, the script in
 test_sample.py.
 """
 
+import sys
+
 import pytest
 import torch
 from conftest import bpe_of
+from running import run
 from test_model import perturbed, rng
 
 from hf_convert import to_hf
@@ -274,3 +277,21 @@ def test_what_may_begin_a_stop_string_is_held(tokenizer):
         'x', '', 'cx', '', '']
     found, rest, stream = pieces(tokenizer, 'xyz', '', ['z!'])
     assert (found, rest, stream.stopped) == (['x', 'y', ''], 'z', False)
+
+
+# --- the benchmark ---------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_the_benchmark_runs():
+    result = run('benchmarks/generation_speed.py', '--smoke',
+                 '--dtype=float32')
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(' | ') for line in result.stdout.splitlines()[3:]]
+    assert [row[0].strip('| ') for row in rows[1:]] == [
+        'this project', 'transformers', 'transformers, static cache']
+    for row in rows[1:]:
+        rate, ms, ratio, prompt, memory, equal = (
+            float(cell.strip('| ')) for cell in row[1:])
+        assert rate > 0 and ratio > 0 and 0.1 < memory < 5 and equal == 8
+        assert rate * ms == pytest.approx(1000, rel=0.05)
