@@ -275,6 +275,8 @@ def test_what_may_begin_a_stop_string_is_held(tokenizer):
         '', '', '', 'x']
     assert pieces(tokenizer, 'xcxcd', '', ['cd'])[0] == [
         'x', '', 'cx', '', '']
+    # both are in one token: the first counts
+    assert pieces(tokenizer, 'xab', '', ['b', 'ab'])[0] == ['x', '']
     found, rest, stream = pieces(tokenizer, 'xyz', '', ['z!'])
     assert (found, rest, stream.stopped) == (['x', 'y', ''], 'z', False)
 
