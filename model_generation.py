@@ -250,24 +250,29 @@ class HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
 
 
+def packs_for(device) -> bool:
+    """Whether HalfLinear runs there, and is faster than a bf16 product."""
+    return (device.type == 'cpu'
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and 'fbgemm' in torch.backends.quantized.supported_engines)
+
+
 @torch.no_grad()
 def hold_in_bf16(model):
     """Keep the weights of all products and embeddings as bf16, for generation.
 
-    In place: the model cannot be trained or saved afterwards. Norms and
-    learned positions stay fp32.
+    In place: the model cannot be trained or saved afterwards. Norms are fp32.
     """
-    device = model.wte.weight.device
-    packs = device.type == 'cpu' and (
-        not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and 'fbgemm' in torch.backends.quantized.supported_engines)
+    packs = packs_for(model.wte.weight.device)
     for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if not isinstance(linear, nn.Linear):
-                continue
-            if packs and linear.weight.abs().max() < 65504:
-                setattr(parent, name, HalfLinear(linear))
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.Embedding):
+                part.to(torch.bfloat16)
+            elif not isinstance(part, nn.Linear):
+                if not list(part.children()):
+                    part.float()
+            elif packs and part.weight.abs().max() < 65504:
+                setattr(parent, name, HalfLinear(part))
             else:
-                linear.to(torch.bfloat16)
-    model.wte.to(torch.bfloat16)
+                part.to(torch.bfloat16)
     return model

@@ -1,4 +1,4 @@
-"""Generate text from a trained run.
+"""Generate text from a trained run or a model in Hugging Face's format.
 
     python sample.py --out_dir=out-quickstart --prompt="def main():"
     python sample.py --out_dir=out-quickstart --stop="['\\ndef ']" \\
@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer
 
-from model_builder import ConfigurableGPT
-from model_config import ModelArchitectureConfig
 from model_generation import hold_in_bf16
-from training.checkpoint import find_checkpoint, load_weights, read_state
 from training.configurator import (
     ConfigError,
     NonNegative,
@@ -27,13 +23,13 @@ from training.configurator import (
     configure,
     exit_with,
 )
-from training.dataset import open_dataset
 from training.device import DTYPES, resolve_device
-from training.run_log import read_record, resolve_run
+from training.model_source import open_model
 from training.text_stream import TextStream
 
 # what to sample from
-out_dir: str = 'out'  # an out_dir (its newest run), a run or a checkpoint
+out_dir: str = 'out'  # an out_dir (its newest run), a run, a checkpoint, a
+  # folder of Hugging Face, or hf:NAME for one of the hub
 
 # prompts
 prompt: str | list[str] = ''  # what to continue, or a list; empty: the start
@@ -69,7 +65,8 @@ def main():
             raise ConfigError(['stop: an empty string would end every sample '
                                'at once; leave it out'])
         target = resolve_device(device)
-        model, tokenizer, eot_id = load(out_dir, target)
+        found = open_model(out_dir, target, dtype=DTYPES[dtype])
+        model, tokenizer, eot_id = found.model, found.tokenizer, found.eot_id
         if dtype == 'bfloat16':
             hold_in_bf16(model)
         prompts = encode(tokenizer, eot_id, texts, model.config.block_size)
@@ -192,24 +189,6 @@ def encode(tokenizer, eot_id, texts, block_size) -> list[list[int]]:
                   f'the last {block_size}', file=sys.stderr)
         prompts.append([eot_id, *ids])
     return prompts
-
-
-def load(path, target):
-    """(model in evaluation mode, tokenizer, end-of-text id) of a run."""
-    checkpoint = find_checkpoint(
-        path if (Path(path) / 'state.json').exists() else resolve_run(path))
-    config = ModelArchitectureConfig.from_dict(
-        read_state(checkpoint)['architecture'])
-    model = ConfigurableGPT(config).to(target).eval()
-    load_weights(checkpoint, model)
-    record = read_record(checkpoint.parent.parent)
-    dataset = open_dataset(record['dataset']['folder'])
-    if dataset.tokenizer_folder is None:
-        raise ValueError(f'the dataset {dataset.folder} has no tokenizer, so '
-                         'that its ids cannot be read as text')
-    tokenizer = Tokenizer.from_file(
-        str(dataset.tokenizer_folder / 'tokenizer.json'))
-    return model, tokenizer, dataset.eot_id
 
 
 if __name__ == '__main__':

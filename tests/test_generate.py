@@ -13,9 +13,10 @@ from conftest import bpe_of
 from running import run
 from test_model import perturbed, rng
 
+import model_generation
 from hf_convert import to_hf
 from model_components import ATTENTION_BACKENDS
-from model_generation import KVCache, hold_in_bf16
+from model_generation import HalfLinear, KVCache, hold_in_bf16
 from training.text_stream import TextStream
 
 PRESETS = ['gpt2', 'llama2', 'llama3', 'qwen3']
@@ -198,17 +199,22 @@ def test_bf16_autocast():
         row[n] for row, n in zip(exact, LENGTHS, strict=True)]
 
 
+@pytest.mark.parametrize('packs', [True, False])
 @pytest.mark.parametrize('preset', PRESETS)
-def test_weights_held_in_bf16(preset):
+def test_weights_held_in_bf16(preset, packs, monkeypatch):
     """The model whose weights are rounded to bf16, computed otherwise."""
+    if packs and 'fbgemm' not in torch.backends.quantized.supported_engines:
+        pytest.skip('PyTorch has no FBGEMM here')
+    monkeypatch.setattr(model_generation, 'packs_for', lambda device: packs)
     model, rounded = build(preset), build(preset)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             if name.endswith('weight') and not any(
-                    part in name for part in ('norm', 'ln_f', 'wpe')):
+                    part in name for part in ('norm', 'ln_f')):
                 parameter.copy_(parameter.bfloat16())
     before = model.lm_head.weight.nbytes
     hold_in_bf16(model)
+    assert isinstance(model.lm_head, HalfLinear) == packs
     assert model.wte.weight.nbytes == before / 2
     idx = torch.tensor(prompts((9,)))
     with torch.no_grad():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,27 @@ def test_a_prompt_beyond_the_context_is_named(warm, gpt2_run, tmp_path):
     assert re.search(r'prompt 1 has \d+ tokens: the model reads the last 16',
                      result.stderr)
     assert samples(result.stdout)[0].startswith('x y ' * 40)
+
+
+def test_a_folder_of_hugging_face(sample, qwen_run, tmp_path):
+    """What transformers saves is read as the run is."""
+    record = read_json(qwen_run / 'run.json')
+    model = ConfigurableGPT(
+        ModelArchitectureConfig.from_dict(record['architecture']))
+    model.load_state_dict(load_file(
+        qwen_run / 'checkpoints' / 'latest' / 'model.safetensors'),
+        strict=False)
+    hf = to_hf(model)
+    hf.config.eos_token_id = 0
+    hf.save_pretrained(tmp_path / 'hf')
+    for path in (data_folder(record) / 'tokenizer').iterdir():
+        shutil.copy(path, tmp_path / 'hf')
+    options = {'max_new_tokens': 20, 'num_samples': 2, 'prompt': 'def '}
+    assert sample(tmp_path / 'hf', **options) == sample(qwen_run, **options)
+
+
+def data_folder(record):
+    return Path(record['dataset']['folder'])
 
 
 def test_weights_in_bf16(sample, qwen_run):
