@@ -210,6 +210,7 @@ def run_tasks(adapter: Adapter, loaded: dict, *, limit=None,
     found = evaluator.evaluate(adapter, loaded, limit=limit, log_samples=False)
     version = importlib.metadata.version('lm_eval')
     results = []
+    found['results'] |= found.get('groups', {})
     for task, values in found['results'].items():
         metrics, stderr = {}, {}
         for key, value in values.items():
