@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data.corpus_tokenizer import plain_content
-from training.checkpoint import find_checkpoint, read_state
-from training.configurator import Positive, configure, exit_with
+from training.configurator import NonNegative, Positive, configure, exit_with
 from training.data_loader import EvalSet
 from training.dataset import open_dataset
 from training.device import (
@@ -34,13 +34,8 @@ from training.device import (
 )
 from training.eval_results import append_results, main_metric, plain
 from training.evaluation import bits_per_byte, evaluate, stream_nats
-from training.model_source import open_model
-from training.run_log import (
-    read_record,
-    resolve_run,
-    source_commit,
-    write_json,
-)
+from training.model_source import OpenModel, open_model
+from training.run_log import source_commit, write_json
 from training.settings import CPU_EVAL_BYTES, EVAL_BYTES
 from training.tables import format_table, number
 
@@ -61,7 +56,7 @@ stride: Positive | None = None  # tokens by which it moves; None: half of them
 
 # tasks
 limit: Positive | None = None  # the first so many questions of each
-num_fewshot: int | None = None  # answered examples before each; None: the
+num_fewshot: NonNegative | None = None  # answered examples before each; None: the
 #   task's own number
 include_path: str | None = None  # a folder of further tasks
 
@@ -75,25 +70,28 @@ dtype: Literal[tuple(DTYPES)] | None = None  # of the matmuls; None: the run's,
 #   float32 without a run
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
-    """A model, how it computes, and the run that it belongs to, if any."""
+    """A model as it is evaluated; the run that it belongs to, if any."""
 
-    model: object
-    tokenizer: Tokenizer
-    eot_id: int
-    device: object
+    opened: OpenModel
+    device: torch.device
     dtype: str
-    run: Path | None
-    record: dict | None
-    where: dict  # step and checkpoint of its weights
+
+    @property
+    def run(self) -> Path | None:
+        return self.opened.source.run
 
     @property
     def start_id(self) -> int:
         """What a document begins after: in training the end of the one
         before; elsewhere what the tokenizer puts first, if anything."""
-        first = [] if self.run else self.tokenizer.encode('').ids
-        return first[0] if first else self.eot_id
+        first = [] if self.run else self.opened.tokenizer.encode('').ids
+        return first[0] if first else self.opened.eot_id
+
+    @property
+    def window(self) -> int:
+        return context or self.opened.model.config.block_size
 
 
 def main():
@@ -150,44 +148,28 @@ def spelled_out(argv: list[str]) -> list[str]:
 
 def load() -> Subject:
     target = resolve_device(device)
-    path = Path(out_dir)
-    run = checkpoint = record = None
-    if (path / 'state.json').exists():
-        checkpoint = path.resolve()
-    elif not (path / 'config.json').exists():
-        checkpoint = find_checkpoint(resolve_run(path)).resolve()
-    if checkpoint and (checkpoint.parent.parent / 'run.json').exists():
-        run = checkpoint.parent.parent
-        record = read_record(run)
-    opened = open_model(str(checkpoint or path), target)
-    if opened.eot_id is None:
-        raise ValueError(f'{out_dir}: its tokenizer names no end-of-text '
-                         'token, after which a document could begin')
+    opened = open_model(out_dir, target)
     size = opened.model.config.block_size
     if context is not None and context > size:
         raise ValueError(f'context={context} exceeds the block_size={size} of '
                          f'{out_dir}: give at most {size}')
-    wanted = dtype or (record or {}).get('dtype', 'float32')
-    where = {'step': read_state(checkpoint)['step'] if checkpoint else None,
-             'checkpoint': checkpoint.name if run else str(path)}
-    return Subject(opened.model.eval(), opened.tokenizer, opened.eot_id,
-                   target, computing_dtype(target, wanted)[0], run, record,
-                   where)
+    record = opened.source.record or {}
+    wanted = dtype or record.get('dtype', 'float32')
+    return Subject(opened, target, computing_dtype(target, wanted)[0])
 
 
 def keep(subject: Subject, results: list[dict]) -> list[dict]:
     """The results with what they were found with, also in the run's folder."""
-    results = [{'kind': result.pop('kind'), **subject.where, **result,
+    source = subject.opened.source
+    results = [{'kind': result['kind'],
+                'step': source.state['step'] if source.run else None,
+                'model': str(source.folder), **result,
                 'dtype': subject.dtype,
                 'device': device_name(subject.device),
                 'commit': source_commit()} for result in results]
-    if subject.run:
-        append_results(subject.run, results)
+    if source.run:
+        append_results(source.run, results)
     return results
-
-
-def window(subject: Subject) -> int:
-    return context or subject.model.config.block_size
 
 
 # --- a dataset ---------------------------------------------------------------
@@ -195,7 +177,7 @@ def window(subject: Subject) -> int:
 
 def score_dataset(subject: Subject) -> dict:
     """The validation split as training evaluates it."""
-    known = (subject.record or {}).get('dataset', {})
+    known = (subject.opened.source.record or {}).get('dataset', {})
     if dataset is None and not known:
         raise ValueError(f'{out_dir} belongs to no run, and so has no dataset: '
                          'name what to evaluate it on with --dataset, --text '
@@ -207,26 +189,26 @@ def score_dataset(subject: Subject) -> dict:
     check_tokenizer(subject, data)
     on_cpu = subject.device.type == 'cpu'
     eval_set = EvalSet(
-        data.split('val'), block_size=window(subject), eot_id=data.eot_id,
+        data.split('val'), block_size=subject.window, eot_id=data.eot_id,
         eval_bytes=eval_bytes or known.get('eval_bytes_wanted') or (
             CPU_EVAL_BYTES if on_cpu else EVAL_BYTES))
     loss, bpb = evaluate(
-        subject.model, eval_set, batch_size=batch_size, device=subject.device,
+        subject.opened.model, eval_set, batch_size=batch_size, device=subject.device,
         dtype=subject.dtype, progress=functools.partial(
             bar, desc=data.name, total=eval_set.n_batches(batch_size)))
     return {'kind': 'validation', 'dataset': data.name,
-            'text_sha256': eval_set.text_sha256, 'context': window(subject),
+            'text_sha256': eval_set.text_sha256, 'context': subject.window,
             **figures(loss, bpb, eval_set.tokens, eval_set.bytes)}
 
 
 def check_tokenizer(subject: Subject, data):
     """ValueError where the ids of a dataset mean something else here."""
     if data.tokenizer_folder is None:  # nanoGPT's format: ids alone
-        same = data.vocab_size <= subject.model.config.vocab_size
+        same = data.vocab_size <= subject.opened.model.config.vocab_size
     else:
         theirs = Tokenizer.from_file(
             str(data.tokenizer_folder / 'tokenizer.json'))
-        same = theirs.get_vocab() == subject.tokenizer.get_vocab()
+        same = theirs.get_vocab() == subject.opened.tokenizer.get_vocab()
     if not same:
         raise ValueError(
             f'the dataset {data.folder} has another tokenizer than {out_dir}: '
@@ -276,11 +258,11 @@ def score_documents(subject: Subject, documents) -> list[dict]:
 
     As in a dataset, text that looks like a special token is plain text.
     """
-    eot = subject.tokenizer.id_to_token(subject.eot_id)
-    content = json_format.loads(subject.tokenizer.to_str())
+    eot = subject.opened.tokenizer.id_to_token(subject.opened.eot_id)
+    content = json_format.loads(subject.opened.tokenizer.to_str())
     encode = Tokenizer.from_str(json_format.dumps(
         plain_content(content, eot))).encode
-    size = window(subject)
+    size = subject.window
     step = stride or max(1, size // 2)
     results = []
     for path, string, content in documents:
@@ -288,9 +270,9 @@ def score_documents(subject: Subject, documents) -> list[dict]:
         if not ids:
             raise ValueError(f'{path}: the tokenizer knows nothing of this '
                              'text')
-        ids = np.array([subject.start_id, *ids, subject.eot_id])
+        ids = np.array([subject.start_id, *ids, subject.opened.eot_id])
         nats = stream_nats(
-            subject.model, ids, context=size, stride=step,
+            subject.opened.model, ids, context=size, stride=step,
             batch_size=batch_size, device=subject.device, dtype=subject.dtype,
             progress=functools.partial(bar, desc=path))
         results.append({
@@ -319,9 +301,9 @@ def load_tasks():
 def score_tasks(subject: Subject, loaded) -> list[dict]:
     from training.lm_eval_adapter import Adapter, run_tasks
     adapter = Adapter(
-        subject.model, subject.tokenizer, eot_id=subject.eot_id,
+        subject.opened.model, subject.opened.tokenizer, eot_id=subject.opened.eot_id,
         start_id=subject.start_id, special_tokens=subject.run is None,
-        max_length=window(subject), batch_size=batch_size,
+        max_length=subject.window, batch_size=batch_size,
         device=subject.device, dtype=subject.dtype)
     return run_tasks(adapter, loaded, limit=limit, num_fewshot=num_fewshot)
 
@@ -332,8 +314,7 @@ def score_tasks(subject: Subject, loaded) -> list[dict]:
 def print_tables(results: list[dict]):
     first = results[0]
     step = '' if first['step'] is None else f', step {first["step"]}'
-    print(f'{out_dir}{step}: {first["checkpoint"]}, {first["dtype"]} on '
-          f'{first["device"]}')
+    print(f'{first["model"]}{step}, {first["dtype"]} on {first["device"]}')
     scored = [r for r in results if r['kind'] != 'task']
     if scored:
         print('\n' + format_table(

@@ -128,13 +128,30 @@ class Adapter(TemplateLM):
         return [sum(next(scores)[0] for _ in range(n)) for n in counts]
 
     def generate_until(self, requests, disable_tqdm=False):
-        texts = []
-        for request in tqdm(requests, desc='generation',
-                            disable=True if disable_tqdm else None):
-            texts.append(self._generate(*request.args))
+        """Texts up to a stop string or an end of text, without it."""
+        kinds, texts = {}, [None] * len(requests)
+        for number, (prompt, given) in enumerate(r.args for r in requests):
+            kinds.setdefault(repr(given), (given, []))[1].append(
+                (number, self.tok_encode(prompt) or [self._start_id]))
+        progress = tqdm(total=len(requests), desc='generation',
+                        disable=True if disable_tqdm else None)
+        for given, prompts in kinds.values():
+            options, stop = self._understood(given)
+            # alike in length: the shorter are padded
+            prompts.sort(key=lambda prompt: len(prompt[1]), reverse=True)
+            for at in range(0, len(prompts), self.batch_size):
+                numbers, ids = zip(*prompts[at:at + self.batch_size],
+                                   strict=True)
+                for number, text in zip(
+                        numbers, self._generate(ids, options, stop),
+                        strict=True):
+                    texts[number] = text
+                    progress.update()
+        progress.close()
         return texts
 
-    def _generate(self, prompt: str, given: dict) -> str:
+    def _understood(self, given: dict) -> tuple[dict, list[str]]:
+        """(options for generate, stop strings) of a task's."""
         wanted = normalize_gen_kwargs(given, default_max_gen_toks=256)
         eot = self.tokenizer.id_to_token(self._eot_id)
         stop = handle_stop_sequences(wanted.pop('until', None), eos=eot)
@@ -142,24 +159,37 @@ class Adapter(TemplateLM):
         if unknown := sorted(wanted.keys() - DRAWN_BY):
             raise ValueError('a task asks for generation with '
                              f'{", ".join(unknown)}, which is not supported')
-        room = self.max_length - n_new
-        if room < 1:
+        if n_new >= self.max_length:
             raise ValueError(
                 f'a task asks for {n_new} new tokens, and the context of the '
                 f'model has {self.max_length} in all; leave it out, or set '
                 'max_gen_toks in its generation_kwargs')
-        ids = self.tok_encode(prompt)[-room:] or [self._start_id]
-        sampled = wanted.get('do_sample')
-        idx = torch.tensor([ids], device=self._device)
-        generator = torch.Generator(self._device).manual_seed(SEED)
+        temperature = wanted['temperature'] if wanted['do_sample'] else 0
+        return {'max_new_tokens': n_new, 'temperature': temperature,
+                'top_k': wanted.get('top_k'),
+                'top_p': wanted.get('top_p')}, [text for text in stop if text]
+
+    def _generate(self, prompts, options: dict, stop: list[str]) -> list[str]:
+        # what does not fit beside the new tokens loses its beginning
+        room = self.max_length - options['max_new_tokens']
+        prompts = [ids[-room:] for ids in prompts]
+        drawn = [[] for _ in prompts]
+        # no token has less than a byte of a stop string
+        reach = max(len(text.encode()) for text in stop) + 1
+
+        def stopped(row, new):
+            drawn[row].append(new)
+            end = self.tokenizer.decode(drawn[row][-reach:])
+            return any(text in end for text in stop)
+
+        generators = [torch.Generator(self._device).manual_seed(SEED)
+                      for _ in prompts]
         with autocast(self._device, self._dtype):
-            out = self.model.generate(
-                idx, n_new, wanted['temperature'] if sampled else 0,
-                wanted.get('top_k'), wanted.get('top_p'),
-                n_ids=self.tokenizer.get_vocab_size(), eos_id=self._eot_id,
-                generator=generator)
-        text = self.tokenizer.decode(out[0, len(ids):].tolist())
-        return postprocess_generated_text(text, stop, None)
+            self.model.generate(
+                prompts, **options, n_ids=self.tokenizer.get_vocab_size(),
+                eos_id=self._eot_id, generator=generators, on_token=stopped)
+        return [postprocess_generated_text(self.tokenizer.decode(ids), stop,
+                                           None) for ids in drawn]
 
 
 def load_tasks(names: list[str], include_path=None) -> dict:

@@ -1,8 +1,8 @@
 """A model with its tokenizer, from a run, a checkpoint or a Hugging Face
 folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -14,14 +14,24 @@ from training.dataset import open_dataset
 from training.run_log import read_record, resolve_run
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True)
+class Source:
+    kind: str  # 'run' or 'huggingface'
+    folder: Path
+    run: Path | None
+    record: dict | None
+    state: dict | None
+
+
+@dataclass(frozen=True)
+class OpenModel:
     model: ConfigurableGPT
     tokenizer: Tokenizer
     eot_id: int
-    source: str
+    source: Source
 
 
-def open_model(path, device) -> Opened:
+def open_model(path, device='cpu') -> OpenModel:
     path = Path(path)
     if (path / 'config.json').exists():
         import transformers
@@ -29,18 +39,21 @@ def open_model(path, device) -> Opened:
             path, local_files_only=True, dtype='float32')
         tokenizer = Tokenizer.from_file(str(path / 'tokenizer.json'))
         eos = transformers.AutoTokenizer.from_pretrained(path).eos_token_id
-        return Opened(from_hf(hf).to(device).eval(), tokenizer, eos, str(path))
+        return OpenModel(from_hf(hf).to(device).eval(), tokenizer, eos,
+                         Source('huggingface', path, None, None, None))
     checkpoint = find_checkpoint(
         path if (path / 'state.json').exists() else resolve_run(path))
-    config = ModelArchitectureConfig.from_dict(
-        read_state(checkpoint)['architecture'])
+    state = read_state(checkpoint)
+    config = ModelArchitectureConfig.from_dict(state['architecture'])
     model = ConfigurableGPT(config).to(device).eval()
     load_weights(checkpoint, model)
-    record = read_record(checkpoint.parent.parent)
+    run = checkpoint.resolve().parent.parent
+    record = read_record(run)
     dataset = open_dataset(record['dataset']['folder'])
     if dataset.tokenizer_folder is None:
         raise ValueError(f'the dataset {dataset.folder} has no tokenizer, so '
                          'that its ids cannot be read as text')
     tokenizer = Tokenizer.from_file(
         str(dataset.tokenizer_folder / 'tokenizer.json'))
-    return Opened(model, tokenizer, dataset.eot_id, str(checkpoint))
+    return OpenModel(model, tokenizer, dataset.eot_id,
+                     Source('run', checkpoint, run, record, state))
