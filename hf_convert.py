@@ -1,20 +1,31 @@
 """Hugging Face models and this project's, either way, weight by weight.
 
-    python -c "from transformers import GPT2Config, GPT2LMHeadModel; \
-        from hf_convert import from_hf; \
-        model = from_hf(GPT2LMHeadModel(GPT2Config(n_layer=2))); \
-        print(model.config.get_architecture_name())"
+    python hf_convert.py import Qwen/Qwen3-0.6B out-qwen3-official
+    python hf_convert.py export out-quickstart my-model
+
+`import` makes a checkpoint folder out of a model of the hub or of a folder:
+train.py begins from it with --init_from=PATH, sample.py and eval.py read it.
+`export` makes a folder that transformers, vLLM and llama.cpp's converter load.
+Neither overwrites a folder unasked, and a folder with the final name is whole.
 
 Hugging Face's names occur in this file alone. GPT-2 stores its linear weights
 transposed (`Conv1D`), and its q, k, v as one matrix, as this project does;
 LLaMA and Qwen3 store q, k, v and gate, up apart.
 """
 
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 import transformers
 
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig, get_preset_config
+from training.tensor_files import FolderTensors, TensorFileError, not_finite
 
 ACTIVATION_FROM_HF = {
     'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
@@ -23,6 +34,10 @@ ACTIVATION_FROM_HF = {
 ACTIVATION_TO_HF = {
     'gelu': 'gelu', 'gelu_tanh': 'gelu_new', 'silu': 'silu', 'relu': 'relu',
 }
+
+
+class ConversionError(ValueError):
+    """A model that cannot be imported or exported."""
 
 
 def from_hf(hf_model, **overrides) -> ConfigurableGPT:
@@ -35,14 +50,15 @@ def from_hf(hf_model, **overrides) -> ConfigurableGPT:
     """
     config = config_from_hf(hf_model.config, **overrides)
     model = ConfigurableGPT(config)
-    state = state_from_hf(hf_model.state_dict(), config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if config.weight_tying:
-        missing = [name for name in missing if name != 'lm_head.weight']
-    if missing or unexpected:
-        raise ValueError(f'weights that do not match: missing {missing}, '
-                         f'unexpected {unexpected}')
+    fill(model, ImportedWeights(hf_model.state_dict(), config))
     return model
+
+
+@torch.no_grad()
+def fill(model: ConfigurableGPT, weights):
+    """Read every parameter from `weights`, by name and range."""
+    for name, p in model.named_parameters():
+        weights.read(name, 0, p.view(-1))
 
 
 def to_hf(model: ConfigurableGPT):
@@ -51,13 +67,9 @@ def to_hf(model: ConfigurableGPT):
     Raises ValueError that names the fields no Hugging Face class can express.
     """
     hf_config = config_to_hf(model.config)
-    hf_class = {
-        'gpt2': transformers.GPT2LMHeadModel,
-        'llama': transformers.LlamaForCausalLM,
-        'qwen3': transformers.Qwen3ForCausalLM,
-    }[hf_config.model_type]
+    hf_class = getattr(transformers, CLASSES[hf_config.model_type])
     hf_model = hf_class(hf_config)
-    state = state_to_hf(model.state_dict(), model.config, hf_config.model_type)
+    state = state_to_hf(model.state_dict(), model.config)
     missing, unexpected = hf_model.load_state_dict(state, strict=False)
     if model.config.weight_tying:
         missing = [name for name in missing if name != 'lm_head.weight']
@@ -76,29 +88,44 @@ def config_from_hf(hf, **overrides) -> ModelArchitectureConfig:
     readers = {'gpt2': _gpt2_from_hf, 'llama': _llama_from_hf,
                'qwen3': _qwen3_from_hf}
     if hf.model_type not in readers:
-        raise ValueError(f'model_type={hf.model_type!r} cannot be read; '
-                         f'expected one of {", ".join(readers)}')
+        raise ConversionError(
+            f'model_type={hf.model_type!r} cannot be read; expected one of '
+            f'{", ".join(readers)}')
+    if getattr(hf, 'quantization_config', None):
+        raise ConversionError('quantized weights cannot be read: take the '
+                              'model as it was before')
     return get_preset_config(**(readers[hf.model_type](hf) | overrides))
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATION_FROM_HF:
+        raise ConversionError(
+            f'the activation {name!r} is not supported; there are '
+            f'{", ".join(ACTIVATION_FROM_HF)}')
+    return ACTIVATION_FROM_HF[name]
 
 
 def _gpt2_from_hf(hf) -> dict:
     if hf.scale_attn_by_inverse_layer_idx or not hf.scale_attn_weights:
-        raise ValueError('scaled attention variants of GPT-2 are not '
-                         'supported: scale_attn_weights must be True and '
-                         'scale_attn_by_inverse_layer_idx False')
+        raise ConversionError(
+            'scaled attention variants of GPT-2 are not supported: '
+            'scale_attn_weights must be True and '
+            'scale_attn_by_inverse_layer_idx False')
+    if hf.add_cross_attention:
+        raise ConversionError('cross-attention of GPT-2 is not supported')
     return dict(
         name='gpt2', n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd,
         d_ff=hf.n_inner or 4 * hf.n_embd, block_size=hf.n_positions,
         vocab_size=hf.vocab_size,
-        activation=ACTIVATION_FROM_HF[hf.activation_function],
+        activation=_activation(hf.activation_function),
         norm_eps=hf.layer_norm_epsilon, dropout=hf.resid_pdrop,
         weight_tying=hf.tie_word_embeddings)
 
 
 def _llama_from_hf(hf) -> dict:
     if hf.attention_bias != hf.mlp_bias:
-        raise ValueError('attention_bias and mlp_bias differ; this project '
-                         'has one `bias` for both')
+        raise ConversionError('attention_bias and mlp_bias differ; this '
+                              'project has one `bias` for both')
     return dict(
         name='llama3', num_key_value_heads=hf.num_key_value_heads,
         bias=hf.attention_bias, **_rotary_from_hf(hf))
@@ -106,8 +133,8 @@ def _llama_from_hf(hf) -> dict:
 
 def _qwen3_from_hf(hf) -> dict:
     if hf.attention_bias or getattr(hf, 'use_sliding_window', False):
-        raise ValueError('attention_bias and sliding windows are not '
-                         'supported for Qwen3')
+        raise ConversionError('attention_bias and sliding windows are not '
+                              'supported for Qwen3')
     return dict(
         name='qwen3', num_key_value_heads=hf.num_key_value_heads,
         bias=False, **_rotary_from_hf(hf))
@@ -125,7 +152,7 @@ def _rotary_from_hf(hf) -> dict:
         n_embd=hf.hidden_size, d_ff=hf.intermediate_size,
         head_dim=head_dim or hf.hidden_size // hf.num_attention_heads,
         block_size=hf.max_position_embeddings, vocab_size=hf.vocab_size,
-        activation=ACTIVATION_FROM_HF[hf.hidden_act],
+        activation=_activation(hf.hidden_act),
         norm_eps=hf.rms_norm_eps, rope_theta=theta, rope_scaling=rope,
         dropout=hf.attention_dropout, weight_tying=hf.tie_word_embeddings)
 
@@ -142,7 +169,7 @@ def config_to_hf(config: ModelArchitectureConfig):
     }
     family = next((f for f, problems in families.items() if not problems), None)
     if family is None:
-        raise ValueError(
+        raise ConversionError(
             'no Hugging Face class can express this architecture:\n'
             + '\n'.join(f'  as {f}: {", ".join(problems)}'
                         for f, problems in families.items()))
@@ -198,6 +225,10 @@ def _rotary_problems(config, qk_norm: bool) -> list[str]:
 
 
 # --- weights ---------------------------------------------------------------
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
+           'qwen3': 'Qwen3ForCausalLM'}
+CONFIGS = {'gpt2': 'GPT2Config', 'llama': 'LlamaConfig',
+           'qwen3': 'Qwen3Config'}
 # (this project's name, Hugging Face's name or names that are joined by rows)
 
 GPT2_TOP = [('wte.weight', 'transformer.wte.weight'),
@@ -243,39 +274,254 @@ def weight_names(config: ModelArchitectureConfig, model_type: str):
     return names
 
 
-def _model_type(config: ModelArchitectureConfig) -> str:
+def model_type_of(config: ModelArchitectureConfig) -> str:
+    """The family whose layout the weights of `config` have."""
     if config.position_encoding == 'learned_absolute':
         return 'gpt2'
     return 'qwen3' if config.qk_norm else 'llama'
 
 
-def state_from_hf(hf_state: dict, config: ModelArchitectureConfig) -> dict:
-    """Hugging Face's state dict -> this project's."""
-    state = {}
-    for ours, theirs, transposed in weight_names(config, _model_type(config)):
-        absent = [name for name in theirs if name not in hf_state]
-        if absent:
-            raise ValueError(f'the checkpoint lacks {", ".join(absent)}')
-        parts = [hf_state[name] for name in theirs]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[ours] = (weight.t() if transposed else weight).contiguous()
-    return state
+@dataclass
+class Entry:
+    """One weight of this project and where Hugging Face keeps it."""
+
+    name: str
+    shape: tuple
+    parts: dict[str, tuple]  # their names and shapes, joined by rows
+    transposed: bool
 
 
-def state_to_hf(state: dict, config: ModelArchitectureConfig,
-                model_type: str) -> dict:
-    """This project's state dict -> Hugging Face's."""
+def layout(config: ModelArchitectureConfig) -> dict[str, Entry]:
+    """{this project's name: Entry}, in the order of the model."""
     D = config.head_dim
     rows = {'attn.qkv': [config.n_head * D] + 2 * [config.num_key_value_heads
                                                    * D],
             'ffn.gate_up': 2 * [config.d_ff]}
-    hf_state = {}
-    for ours, theirs, transposed in weight_names(config, model_type):
-        weight = state[ours].t() if transposed else state[ours]
-        parts = [weight]
-        if len(theirs) > 1:
-            layer_part = '.'.join(ours.split('.')[2:4])
-            parts = weight.split(rows[layer_part])
-        for name, part in zip(theirs, parts, strict=True):
-            hf_state[name] = part.contiguous().clone()
-    return hf_state
+    with torch.device('meta'):
+        model = ConfigurableGPT(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    names = weight_names(config, model_type_of(config))
+    entries = {}
+    for ours, theirs, transposed in names:
+        shape = shapes[ours]
+        heights = (rows['.'.join(ours.split('.')[2:4])] if len(theirs) > 1
+                   else shape[:1])
+        parts = {name: (n, *shape[1:])[::-1 if transposed else 1]
+                 for name, n in zip(theirs, heights, strict=True)}
+        entries[ours] = Entry(ours, shape, parts, transposed)
+    return entries
+
+
+# masks and tables that older files hold beside the weights
+NO_WEIGHTS = re.compile(
+    r'(h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq)')
+PREFIXES = ('', 'transformer.', 'model.')
+
+
+class ImportedWeights:
+    """This project's weights, read from Hugging Face's tensors by range.
+
+    `tensors` is a mapping {their name: tensor}, of which one is held at a
+    time: a state dict or FolderTensors. Their names may lack the prefix of
+    the whole model, as in the official GPT-2. Raises ConversionError that
+    lists missing and surplus weights and those of another shape.
+    """
+
+    def __init__(self, tensors, config: ModelArchitectureConfig):
+        self._tensors, self._entries = tensors, layout(config)
+        shapes = getattr(tensors, 'shapes', None) or {
+            name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._places = {part: part for part in shapes}
+        due = {name: shape for entry in self._entries.values()
+               for name, shape in entry.parts.items()}
+        for name in shapes:
+            for prefix in PREFIXES:
+                if prefix + name in due:
+                    self._places.setdefault(prefix + name, name)
+        problems = []
+        missing = [name for name in due if name not in self._places]
+        used = {self._places[name] for name in due if name in self._places}
+        surplus = [name for name in shapes if name not in used
+                   and not NO_WEIGHTS.fullmatch(
+                       re.sub('^(transformer|model)\\.', '', name))]
+        if config.weight_tying and 'lm_head.weight' in surplus:
+            surplus.remove('lm_head.weight')
+            problems += self._head_problems(shapes)
+        problems += _listed('missing', missing) + _listed('surplus', surplus)
+        problems += [
+            f'{name} is {shapes[self._places[name]]}, the configuration '
+            f'makes it {shape}' for name, shape in due.items()
+            if name in self._places and shapes[self._places[name]] != shape]
+        if problems:
+            more = len(problems) - 20
+            problems = problems[:20] + (
+                [f'and {more} more'] if more > 0 else [])
+            where = getattr(tensors, 'folder', 'the state dict')
+            raise ConversionError(
+                f'the weights of {where} do not fit its configuration:\n'
+                + '\n'.join(f'  {p}' for p in problems))
+        self.shapes = {name: e.shape for name, e in self._entries.items()}
+
+    def _head_problems(self, shapes) -> list[str]:
+        """A tied head may be there as well, if it is the embedding."""
+        (embedding,) = self._entries['wte.weight'].parts
+        embedding = self._places.get(embedding)
+        if embedding is None or (
+                shapes[embedding] == shapes['lm_head.weight'] and torch.equal(
+                    self._tensors[embedding], self._tensors['lm_head.weight'])):
+            return []
+        return ['lm_head.weight differs from the embedding, to which the '
+                'configuration ties it']
+
+    def read(self, name: str, start: int, out: torch.Tensor):
+        """Fill the 1-D `out` with elements start.. of a flattened tensor."""
+        entry, end, at = self._entries[name], start + len(out), 0
+        for part, shape in entry.parts.items():
+            length = torch.Size(shape).numel()
+            a, b = max(start, at), min(end, at + length)
+            if a < b:
+                tensor = self._tensors[self._places[part]]
+                if problem := not_finite(part, tensor):
+                    raise ConversionError(problem)
+                tensor = tensor.t() if entry.transposed else tensor
+                out[a - start:b - start].copy_(
+                    tensor.reshape(-1)[a - at:b - at])
+            at += length
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    return [f'{what}: {name}' for name in names]
+
+
+def state_from_hf(hf_state: dict, config: ModelArchitectureConfig) -> dict:
+    """Hugging Face's state dict -> this project's."""
+    weights = ImportedWeights(hf_state, config)
+    dtype = next(iter(hf_state.values())).dtype
+    state = {}
+    for name, shape in weights.shapes.items():
+        state[name] = torch.empty(shape, dtype=dtype)
+        weights.read(name, 0, state[name].view(-1))
+    return state
+
+
+class ExportedWeights:
+    """Hugging Face's tensors, made from this project's weights one by one.
+
+    `weights.read(name, start, out)` gives the latter, as a checkpoint's
+    Tensors do. `shapes` {their name: shape}.
+    """
+
+    def __init__(self, weights, config: ModelArchitectureConfig):
+        self._weights, self.shapes, self._sources = weights, {}, {}
+        for entry in layout(config).values():
+            at = 0
+            for part, shape in entry.parts.items():
+                self.shapes[part] = shape
+                self._sources[part] = entry, at
+                at += torch.Size(shape).numel()
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        entry, at = self._sources[part]
+        shape = self.shapes[part]
+        flat = torch.empty(torch.Size(shape).numel())
+        self._weights.read(entry.name, at, flat)
+        if entry.transposed:
+            return flat.view(shape[::-1]).t()
+        return flat.view(shape)
+
+
+class StateDict:
+    """A state dict of this project, read by name and range."""
+
+    def __init__(self, state: dict):
+        self._state = state
+
+    def read(self, name, start, out):
+        out.copy_(self._state[name].view(-1)[start:start + len(out)])
+
+
+def state_to_hf(state: dict, config: ModelArchitectureConfig) -> dict:
+    """This project's state dict -> Hugging Face's, in fp32."""
+    exported = ExportedWeights(StateDict(state), config)
+    return {name: exported[name].contiguous() for name in exported.shapes}
+
+
+# --- folders ---------------------------------------------------------------
+
+
+def locate(name_or_path) -> Path:
+    """The folder of a model: a path, or a name of the hub, which is fetched.
+
+    Only JSON, safetensors and tokenizer files are; nothing in them is run.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) or name.startswith('.'):
+        raise ConversionError(
+            f'{name_or_path} is no folder, nor can it be a name of the hub, '
+            'such as Qwen/Qwen3-0.6B')
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=['*.json', '*.safetensors',
+                                  'tokenizer.model'],
+            ignore_patterns=['*/*']))
+    except Exception as error:  # of the network, of the hub: many kinds
+        raise ConversionError(
+            f'{name} is no folder here, and the hub does not give a model of '
+            f'that name: {type(error).__name__}: '
+            f'{str(error).strip().splitlines()[0]}') from error
+
+
+def read_hf_config(folder):
+    """(transformers configuration, as it was read) of a folder."""
+    path = Path(folder) / 'config.json'
+    try:
+        values = json.loads(path.read_text())
+        model_type = values['model_type']
+    except FileNotFoundError:
+        raise ConversionError(
+            f'{folder} is no Hugging Face model: it has no config.json'
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f'{path} is no configuration of a model: '
+            f'{type(error).__name__}: {error}') from error
+    if model_type not in CONFIGS:
+        raise ConversionError(
+            f'{folder}: model_type={model_type!r} cannot be read; expected '
+            f'one of {", ".join(CONFIGS)}')
+    try:
+        return getattr(transformers, CONFIGS[model_type]).from_dict(values)
+    except Exception as error:  # transformers' checks raise several kinds
+        raise ConversionError(f'{path}: {error}') from error
+
+
+def open_hf_folder(folder, **overrides):
+    """(architecture, its weights by name and range, the transformers
+    configuration) of a folder, everything but the values checked."""
+    hf_config = read_hf_config(folder)
+    try:
+        config = config_from_hf(hf_config, **overrides)
+    except ValueError as error:
+        raise ConversionError(f'{folder}/config.json: {error}') from error
+    return config, ImportedWeights(FolderTensors(folder), config), hf_config
+
+
+def eot_of(hf_config, vocabulary: dict[str, int]) -> int | None:
+    """The id that ends a document.
+
+    A chat model's eos ends a turn (Qwen3: <|im_end|>), so the usual names of
+    the end of a text come before it, unless bos and eos are one id: that is
+    what lies between documents, as in GPT-2 and in what is exported here.
+    """
+    bos, eos = hf_config.bos_token_id, hf_config.eos_token_id
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
+    if eos is not None and bos == eos:
+        return eos
+    from data.corpus_tokenizer import EOT_TOKENS
+    return next((vocabulary[token] for token in EOT_TOKENS
+                 if token in vocabulary), eos)

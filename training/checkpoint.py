@@ -34,6 +34,7 @@ from training.distributed import OtherRankFailed, Ranks, all_or_none
 from training.run_log import point_to, write_json
 from training.stop_signals import NO_STOP
 from training.strategies import MOMENTS
+from training.tensor_files import not_finite
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 2**24
@@ -288,17 +289,10 @@ def _open(path: Path):
 
 
 def _check_finite(path: Path, key: str, tensor: torch.Tensor):
-    # NaN and infinity survive a sum, which takes no memory; whether it has
-    # only overflowed, the second test tells
-    if tensor.sum().isfinite() or tensor.isfinite().all():
-        return
-    wrong = (~tensor.isfinite()).flatten().nonzero()
-    first = int(wrong[0])
-    raise CheckpointError(
-        f'{path}: {len(wrong):,} of the {tensor.numel():,} values of {key} '
-        f'are NaN or infinite, the first, {tensor.flatten()[first].item()}, '
-        f'at {first}: nothing can be trained or generated from them; '
-        f'{REMEDY}, or name an older one')
+    if problem := not_finite(key, tensor):
+        raise CheckpointError(
+            f'{path}: {problem}: nothing can be trained or generated from '
+            f'them; {REMEDY}, or name an older one')
 
 
 class Tensors:
@@ -353,10 +347,24 @@ def load_weights(checkpoint: Path, model) -> dict:
     """The weights of a checkpoint into a model of one process; state.json."""
     state = verify_checkpoint(checkpoint)
     tensors = Tensors(checkpoint, state, 'model')
-    _compare(checkpoint, model, tensors, state)
+    check_shapes(checkpoint, model, tensors, state)
     for name, p in model.named_parameters():
         tensors.read(name, 0, p.view(-1))
     return state
+
+
+@torch.no_grad()
+def load_published(tensors, strategy, stop=NO_STOP):
+    """Weights from a model that is no checkpoint into this rank's pieces;
+    `tensors` is read by name and range, as Tensors are."""
+    def load():
+        for piece in strategy.weights():
+            if stop.received:
+                return
+            tensors.read(piece.name, piece.start, piece.weight)
+
+    all_or_none(load)
+    stop.check()
 
 
 @torch.no_grad()
@@ -367,7 +375,7 @@ def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True,
 
     def load():
         weights = Tensors(checkpoint, state, 'model')
-        _compare(checkpoint, strategy.model, weights, state)
+        check_shapes(checkpoint, strategy.model, weights, state)
         for piece in strategy.weights():
             if stop.received:
                 return
@@ -389,7 +397,7 @@ def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True,
     return state
 
 
-def _compare(checkpoint, model, tensors: Tensors, state: dict):
+def check_shapes(checkpoint, model, tensors: Tensors, state: dict):
     here = {n: tuple(p.shape) for n, p in model.named_parameters()}
     sizes = tensors.sizes()
     problems = []

@@ -1,59 +1,181 @@
-"""A model with its tokenizer, from a run, a checkpoint or a Hugging Face
-folder."""
+"""Finding a trained or published model: configuration, weights, tokenizer.
+
+    python -c "from training.model_source import open_model; \
+        found = open_model('out-quickstart'); print(found.source)"
+
+A model is named by an out_dir (its newest run), a run folder, a checkpoint
+folder (of a run, or one that hf_convert.py imported), a Hugging Face folder,
+or hf:NAME for one of the hub.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
-from hf_convert import from_hf
 from model_builder import ConfigurableGPT
+from model_components import build_rope
 from model_config import ModelArchitectureConfig
-from training.checkpoint import find_checkpoint, load_weights, read_state
-from training.dataset import open_dataset
-from training.run_log import read_record, resolve_run
+from training.checkpoint import (
+    Tensors,
+    check_shapes,
+    find_checkpoint,
+    read_state,
+    verify_checkpoint,
+)
+from training.dataset import DatasetError, open_dataset
+from training.run_log import RunError, read_record, resolve_run
+
+
+class SourceError(ValueError):
+    """A path that names no model, or one without what is asked for."""
 
 
 @dataclass(frozen=True)
 class Source:
-    kind: str  # 'run' or 'huggingface'
-    folder: Path
-    run: Path | None
-    record: dict | None
-    state: dict | None
+    """Where a model was found; nothing but small files has been read."""
+
+    kind: str       # 'run', 'imported' or 'huggingface'
+    folder: Path    # the checkpoint folder, or the Hugging Face folder
+    config: ModelArchitectureConfig
+    run: Path | None      # the run folder, of kind 'run'
+    record: dict | None   # its run.json
+    state: dict | None    # state.json of a checkpoint
+
+    def __str__(self):
+        return f'{self.folder} ({self.kind})'
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    model: ConfigurableGPT
+    model: ConfigurableGPT  # in evaluation mode, on the device asked for
     tokenizer: Tokenizer
-    eot_id: int
+    eot_id: int             # ends a document
     source: Source
 
 
-def open_model(path, device='cpu') -> OpenModel:
-    path = Path(path)
-    if (path / 'config.json').exists():
-        import transformers
-        hf = transformers.AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype='float32')
-        tokenizer = Tokenizer.from_file(str(path / 'tokenizer.json'))
-        eos = transformers.AutoTokenizer.from_pretrained(path).eos_token_id
-        return OpenModel(from_hf(hf).to(device).eval(), tokenizer, eos,
-                         Source('huggingface', path, None, None, None))
-    checkpoint = find_checkpoint(
-        path if (path / 'state.json').exists() else resolve_run(path))
+def open_model(path, device='cpu', *, dtype=torch.float32,
+               **overrides) -> OpenModel:
+    """The model that `path` names, with weights in `dtype`.
+
+    `overrides` are fields of the architecture that do not change the weights,
+    e.g. attention_backend='sdpa'. Raises ValueError (SourceError, RunError,
+    CheckpointError, DatasetError, ConversionError, TensorFileError) that says
+    what is absent, damaged or does not fit.
+    """
+    source = find_source(path, **overrides)
+    folder, eot_id = find_tokenizer(source)  # before much is read
+    tokenizer = read_tokenizer(folder, source.config.vocab_size)
+    model = build_empty(source.config, device, dtype)
+    weights = open_weights(source, model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            weights.read(name, 0, p.view(-1))
+    return OpenModel(model.eval(), tokenizer, eot_id, source)
+
+
+def find_source(path, **overrides) -> Source:
+    """What `path` names; see open_model for the overrides and errors."""
+    text = str(path)
+    folder = Path(text).expanduser()
+    if text.startswith('hf:') or (folder / 'config.json').exists():
+        import hf_convert  # imports transformers, which takes a while
+        folder = hf_convert.locate(text.removeprefix('hf:'))
+        config, _, _ = hf_convert.open_hf_folder(folder, **overrides)
+        return Source('huggingface', folder, config, None, None, None)
+    if (folder / 'state.json').exists():
+        checkpoint = folder
+    else:
+        try:
+            run = resolve_run(folder)
+        except RunError as error:
+            raise SourceError(
+                f'{error}; or a checkpoint, a folder of Hugging Face or '
+                'hf:NAME') from error
+        checkpoint = find_checkpoint(run)
     state = read_state(checkpoint)
-    config = ModelArchitectureConfig.from_dict(state['architecture'])
-    model = ConfigurableGPT(config).to(device).eval()
-    load_weights(checkpoint, model)
+    config = ModelArchitectureConfig.from_dict(
+        state['architecture'] | overrides)
+    if state.get('imported'):
+        return Source('imported', checkpoint, config, None, None, state)
+    # `latest` is a link, and a run may be moved: by the folder it lies in
     run = checkpoint.resolve().parent.parent
-    record = read_record(run)
-    dataset = open_dataset(record['dataset']['folder'])
-    if dataset.tokenizer_folder is None:
-        raise ValueError(f'the dataset {dataset.folder} has no tokenizer, so '
-                         'that its ids cannot be read as text')
-    tokenizer = Tokenizer.from_file(
-        str(dataset.tokenizer_folder / 'tokenizer.json'))
-    return OpenModel(model, tokenizer, dataset.eot_id,
-                     Source('run', checkpoint, run, record, state))
+    return Source('run', checkpoint, config, run, read_record(run), state)
+
+
+def open_weights(source: Source, model):
+    """The weights of a source by name and range, as `model` needs them; of a
+    checkpoint every byte has been verified."""
+    if source.kind == 'huggingface':
+        import hf_convert
+        return hf_convert.open_hf_folder(source.folder)[1]
+    state = verify_checkpoint(source.folder)
+    tensors = Tensors(source.folder, state, 'model')
+    check_shapes(source.folder, model, tensors, state)
+    return tensors
+
+
+def find_tokenizer(source: Source) -> tuple[Path, int]:
+    """(the folder with its tokenizer.json, the id that ends a document)."""
+    if source.kind == 'huggingface':
+        import hf_convert
+        folder = source.folder
+        path = folder / 'tokenizer.json'
+        if not path.exists():
+            raise SourceError(
+                f'{folder} has no tokenizer.json; make one with '
+                'transformers: AutoTokenizer.from_pretrained(...)'
+                '.save_pretrained(...)')
+        eot_id = hf_convert.eot_of(
+            hf_convert.read_hf_config(folder),
+            read_tokenizer(folder, source.config.vocab_size).get_vocab())
+    elif source.kind == 'imported':
+        record = source.state['imported']['tokenizer']
+        if record is None:
+            raise SourceError(f'{source.folder} was imported from a model '
+                              'without a tokenizer')
+        folder, eot_id = source.folder / record['path'], record['eot_id']
+    else:
+        data = open_dataset(source.record['dataset']['folder'])
+        if data.tokenizer_folder is None:
+            raise DatasetError(
+                f'the dataset {data.folder} has no tokenizer, so that its '
+                'ids cannot be read as text')
+        folder, eot_id = data.tokenizer_folder, data.eot_id
+    if eot_id is None:
+        raise SourceError(
+            f'nothing tells which id ends a document in {folder}: set '
+            'eos_token_id in its config.json')
+    return folder, eot_id
+
+
+def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
+    """The tokenizer.json of a folder; SourceError where it is absent or
+    damaged, or has ids for which the model has no row."""
+    path = Path(folder) / 'tokenizer.json'
+    if not path.is_file():
+        raise SourceError(f'{path} is missing')
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise SourceError(f'{path} cannot be read: {error}') from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise SourceError(
+            f'{path} has ids up to {largest}, the model has {vocab_size} '
+            'rows: it is the tokenizer of another model')
+    return tokenizer
+
+
+def build_empty(config, device, dtype=torch.float32) -> ConfigurableGPT:
+    """A model whose weights are yet to be filled in: drawing 0.6 billion
+    numbers takes ten seconds."""
+    with torch.device('meta'):
+        model = ConfigurableGPT(config)
+    model = model.to(dtype).to_empty(device=device)
+    if config.weight_tying:
+        model.lm_head.weight = model.wte.weight
+    rope = build_rope(config)  # its tables are no weights, and stay fp32
+    model.rope = None if rope is None else rope.to(device)
+    return model
