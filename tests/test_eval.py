@@ -7,13 +7,11 @@ import shutil
 import pytest
 import torch
 from running import newest, read_json, read_lines, run, snapshot
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 from hf_convert import to_hf
-from model_builder import ConfigurableGPT
-from model_config import ModelArchitectureConfig
+from training.dataset import open_dataset
 from training.evaluation import sliding_windows
+from training.model_source import open_model
 
 CONTEXT = 16  # block_size of the runs
 ODD = ('def naïve(λ):\r\n\treturn "e\u0301 \U0001f469\u200d\U0001f4bb"\x00\n'
@@ -23,14 +21,8 @@ TASKS = 'tiny_choice', 'tiny_rolling', 'tiny_generation'
 
 def exported(run_folder):
     """The transformers model of a run, and the run's tokenizer."""
-    record = read_json(run_folder / 'run.json')
-    model = ConfigurableGPT(
-        ModelArchitectureConfig.from_dict(record['architecture']))
-    model.load_state_dict(load_file(
-        run_folder / 'checkpoints' / 'latest' / 'model.safetensors'),
-        strict=False)
-    return to_hf(model), Tokenizer.from_file(
-        f"{record['dataset']['folder']}/tokenizer/tokenizer.json")
+    opened = open_model(run_folder)
+    return to_hf(opened.model), opened.tokenizer
 
 
 @pytest.fixture
@@ -90,7 +82,6 @@ def test_more_of_it(evaluate, copied):
     result = read_json(copied.parent.parent / 'all.json')[0]
     model, _ = exported(copied)
     record = read_json(copied / 'run.json')
-    from training.dataset import open_dataset
     split = open_dataset(record['dataset']['folder']).split('val')
     n = 2  # documents of at most 900 bytes
     assert split.document_bytes[:n].sum() <= 900 < (
@@ -348,8 +339,7 @@ def told(model, tasks, num_fewshot):
 def test_each_request_equals_lm_evals_own_model(qwen_run, tasks, theirs,
                                                 shots):
     from training.lm_eval_adapter import Adapter
-    from training.model_source import open_model
-    opened = open_model(str(qwen_run), torch.device('cpu'))
+    opened = open_model(qwen_run)
     adapter = Adapter(
         opened.model, opened.tokenizer, eot_id=0, start_id=0,
         special_tokens=False, max_length=CONTEXT, batch_size=4,
