@@ -16,16 +16,36 @@ LLaMA and Qwen3 store q, k, v and gate, up apart.
 import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm import tqdm
 
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig, get_preset_config
-from training.tensor_files import FolderTensors, TensorFileError, not_finite
+from training.checkpoint import FORMAT_VERSION
+from training.configurator import exit_with
+from training.dataset import open_dataset
+from training.model_card import model_card
+from training.model_source import (
+    find_source,
+    find_tokenizer,
+    open_weights,
+    read_tokenizer,
+)
+from training.run_log import write_json
+from training.tensor_files import (
+    INDEX,
+    FolderTensors,
+    not_finite,
+    write_tensors,
+)
+from training.whole_folder import whole_folder, write_bytes
+
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 ACTIVATION_FROM_HF = {
     'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
@@ -525,3 +545,213 @@ def eot_of(hf_config, vocabulary: dict[str, int]) -> int | None:
     from data.corpus_tokenizer import EOT_TOKENS
     return next((vocabulary[token] for token in EOT_TOKENS
                  if token in vocabulary), eos)
+
+
+def import_model(name_or_path, out, *, dtype='float32', max_shard_size='5GB',
+                 overwrite=False) -> Path:
+    """Write a Hugging Face model as a checkpoint folder; returns its path.
+
+    Weights go through memory one at a time. The tokenizer lies in
+    tokenizer/; there is no optimizer state. Raises ValueError.
+    """
+    folder = locate(name_or_path).absolute()
+    config, weights, hf_config = open_hf_folder(folder)
+    tokenizer = _tokenizer_of(folder, config, hf_config)
+    with whole_folder(out, overwrite) as part:
+        files = _write_shards(part, weights.shapes, max_shard_size, dtype,
+                              lambda name: _whole(weights, name))
+        for name, content in (tokenizer.files if tokenizer else {}).items():
+            write_bytes(part / 'tokenizer' / name, content)
+        write_json(part / 'state.json', {
+            'format_version': FORMAT_VERSION, 'step': 0, 'val_loss': None,
+            'world_size': 1, 'optimizer_steps': 0,
+            'architecture': config.to_dict(), 'files': files,
+            'imported': {
+                'from': str(name_or_path), 'weights': dtype,
+                'tokenizer': tokenizer.record if tokenizer else None,
+                'token_ids': {name: getattr(hf_config, name, None)
+                              for name in TOKEN_IDS}}})
+    return Path(out)
+
+
+def _whole(weights, name) -> torch.Tensor:
+    flat = torch.empty(torch.Size(weights.shapes[name]).numel())
+    weights.read(name, 0, flat)
+    return flat.view(weights.shapes[name])
+
+
+def _tokenizer_of(folder, config, hf_config):
+    """The CorpusTokenizer of a folder, None if it has none."""
+    from data.corpus_tokenizer import load_tokenizer
+    names = ('tokenizer.json', 'tokenizer.model')
+    if not any((folder / name).is_file() for name in names):
+        return None
+    eot_token = None
+    if (folder / 'tokenizer.json').is_file():
+        vocabulary = read_tokenizer(folder, config.vocab_size).get_vocab()
+        eot_id = eot_of(hf_config, vocabulary)
+        eot_token = next((token for token, number in vocabulary.items()
+                          if number == eot_id), None)
+    return load_tokenizer(folder, eot_token=eot_token,
+                          vocab_size=config.vocab_size)
+
+
+def export_model(path, out, *, dtype='float32', max_shard_size='5GB',
+                 overwrite=False) -> Path:
+    """Write a run or checkpoint as a Hugging Face folder; returns its path.
+
+    Weights go through memory one at a time; config.json comes last, so that
+    a folder left by a kill is no model. Raises ValueError, among others for
+    an architecture that no Hugging Face class can express.
+    """
+    source = find_source(path)
+    if source.kind == 'huggingface':
+        raise ConversionError(f'{path} is a Hugging Face folder already')
+    hf_config = config_to_hf(source.config)
+    has_tokenizer = source.kind != 'imported' or (
+        source.state['imported']['tokenizer'] is not None)
+    tokenizer, eot_id = None, None
+    if has_tokenizer and not (source.kind == 'run' and open_dataset(
+            source.record['dataset']['folder']).tokenizer_folder is None):
+        tokenizer, eot_id = find_tokenizer(source)
+    with torch.device('meta'):
+        model = ConfigurableGPT(source.config)
+    weights = ExportedWeights(open_weights(source, model), source.config)
+    with whole_folder(out, overwrite) as part:
+        _write_shards(part, weights.shapes, max_shard_size, dtype,
+                      weights.__getitem__, INDEX)
+        ids = _token_ids(source, eot_id)
+        if tokenizer is not None:
+            _write_tokenizer(part, tokenizer, source, ids)
+        write_json(part / 'generation_config.json', ids | {
+            'transformers_version': transformers.__version__})
+        at = Path(out).absolute()
+        write_bytes(part / 'README.md', model_card(
+            source, source.run.name if at.parent == source.run else at.name,
+            model.get_num_params(), dtype).encode())
+        write_json(part / 'config.json',
+                   _config_values(hf_config, source.config, ids, dtype))
+    return Path(out)
+
+
+def _write_shards(part, shapes, max_shard_size, dtype, make, index=None):
+    """model.safetensors or shards of it; {file: {'bytes', 'sha256'}}."""
+    kind = getattr(torch, dtype)
+
+    def cast(name):
+        tensor = make(name).to(kind)
+        if problem := not_finite(name, tensor):
+            raise ConversionError(
+                f'{problem} in {dtype}: give --dtype bfloat16 or float32')
+        return tensor
+
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(shape, dtype=kind, device='meta')
+         for name, shape in shapes.items()}, max_shard_size=max_shard_size)
+    files = {}
+    with tqdm(total=len(shapes), unit='weight', disable=None) as bar:
+        def counted(name):
+            bar.update()
+            return cast(name)
+
+        for file, names in plan.filename_to_tensors.items():
+            files[file] = write_tensors(
+                part / file, {name: shapes[name] for name in names}, kind,
+                counted)
+    if index and plan.is_sharded:
+        write_json(part / index, {'metadata': plan.metadata,
+                                  'weight_map': plan.tensor_to_filename})
+    return files
+
+
+def _token_ids(source, eot_id) -> dict:
+    """What config.json and generation_config.json say of special ids."""
+    if source.kind == 'imported':
+        return source.state['imported']['token_ids']
+    # a document is preceded and followed by the end-of-text id
+    return dict.fromkeys(TOKEN_IDS, eot_id)
+
+
+def _write_tokenizer(part, folder, source, ids):
+    """tokenizer.json as it is; tokenizer_config.json so that AutoTokenizer
+    takes it as it is, and does not build one of a model's own class."""
+    write_bytes(part / 'tokenizer.json',
+                (folder / 'tokenizer.json').read_bytes())
+    path = folder / 'tokenizer_config.json'
+    if source.kind == 'imported':  # as the model was published
+        if path.is_file():
+            write_bytes(part / path.name, path.read_bytes())
+        return
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    eot = read_tokenizer(folder, source.config.vocab_size).id_to_token(
+        ids['eos_token_id'])
+    write_json(part / path.name, {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': eot,
+        'eos_token': eot, 'pad_token': eot,
+        'clean_up_tokenization_spaces': False,
+        'model_max_length': source.config.block_size,
+        **{key: found[key] for key in ('chat_template',) if key in found}})
+
+
+def _config_values(hf_config, config, ids: dict, dtype: str) -> dict:
+    values = json.loads(hf_config.to_json_string())
+    values |= ids | {'architectures': [CLASSES[hf_config.model_type]],
+                     'dtype': dtype, 'torch_dtype': dtype}
+    if config.position_encoding == 'rope':
+        # for readers older than transformers 5
+        values |= {'rope_theta': config.rope_theta,
+                   'rope_scaling': config.rope_scaling}
+    return values
+
+
+# --- command ---------------------------------------------------------------
+
+
+def main(argv=None):
+    first, *_ = __doc__.split('\n\n')
+    parser = argparse.ArgumentParser(
+        description=first, epilog=__doc__[len(first):],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    parts = [
+        ('import', import_model, 'a Hugging Face model into a checkpoint',
+         'HF_NAME_OR_PATH', 'a folder, or a name of the hub'),
+        ('export', export_model, 'a run or checkpoint into a Hugging Face '
+         'folder', 'RUN_OR_CHECKPOINT', 'an out_dir (its newest run), a run '
+         'folder, a checkpoint or an imported folder')]
+    for name, function, what, source, meaning in parts:
+        command = commands.add_parser(
+            name, help=what, description=what[0].upper() + what[1:] + '.',
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(function=function)
+        command.add_argument('source', metavar=source, help=meaning)
+        command.add_argument('out', metavar='OUT', help='the folder to write')
+        command.add_argument(
+            '--dtype', choices=('float32', 'bfloat16', 'float16'),
+            default='float32', help='of the weights that are written')
+        command.add_argument(
+            '--max_shard_size', default='5GB', type=_size, metavar='SIZE',
+            help='largest file of weights, e.g. 500MB')
+        command.add_argument(
+            '--overwrite', action='store_true',
+            help='replace OUT, if it is a folder of a model')
+    arguments = vars(parser.parse_args(argv))
+    function = arguments.pop('function')
+    arguments.pop('command')
+    try:
+        out = function(arguments.pop('source'), arguments.pop('out'),
+                       **arguments)
+    except (ValueError, OSError) as error:
+        exit_with(error)
+    print(f'written: {out}')
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r'[1-9]\d*(KB|MB|GB|TB)', text):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no size; write e.g. 500MB or 5GB')
+    return text
+
+
+if __name__ == '__main__':
+    main()

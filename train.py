@@ -47,7 +47,8 @@ from training.stop_signals import Stopped, StopSignals
 out_dir: str = 'out'  # each start makes out_dir/run_YYYYMMDD_HHMMSS
 init_from: str = 'scratch'  # scratch; resume: go on with the newest run of
 #   out_dir; auto: resume an unfinished run of these options, else start;
-#   or the path of a run or checkpoint whose weights to begin with
+#   or the path of a run or checkpoint whose weights to begin with; or hf:NAME,
+#   hf:PATH: a Hugging Face model, which decides the architecture
 seed: NonNegative = 1337  # of the weights, the order of the data, dropout
 
 # data
@@ -108,6 +109,8 @@ checkpoint_interval: Positive | None = None  # None: at evaluations only
 always_save_checkpoint: bool = False  # True: at every evaluation, not only at
 #   one that is the best so far
 keep_checkpoints: Positive = 2  # newest ones; the best is kept as well
+export_hf_at_end: bool = False  # the last weights into hf/ of the run folder,
+#   for transformers, vLLM, llama.cpp (hf_convert.py export)
 wandb_log: bool = False
 wandb_project: str = 'architectures'
 wandb_run_name: str | None = None  # None: the run folder's name
@@ -218,6 +221,8 @@ def train(job, stop) -> int:
     guard.check()
     if not job.evaluated_at(job.max_iters):  # a signal ended it before
         return stop_early(job, step, stop.agreed(), progress)
+    if export_hf_at_end:
+        progress.say(f'exported: {job.export_hf()}')
     progress.record('end', step=step, status='finished', reason=None)
     progress.say(f'done: {job.run.folder}')
     return 0

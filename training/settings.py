@@ -52,6 +52,9 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
             f'activation_memory_budget={options["activation_memory_budget"]} '
             "has no effect with activation_checkpointing='full', which keeps "
             'no activations: leave one of them out')
+    if options['export_hf_at_end'] and config is not None:
+        from hf_convert import config_to_hf  # transformers loads slowly
+        attempt(config_to_hf, config)
     plan = {'config': config, 'device': device}
     if config is not None:
         train_tokens = dataset.split('train').tokens

@@ -7,6 +7,7 @@ fit.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from training.checkpoint import (
     CheckpointError,
     find_checkpoints,
     load_checkpoint,
+    load_published,
     note_val_loss,
     on_main,
     save_checkpoint,
@@ -41,6 +43,13 @@ from training.distributed import (
     set_timeout,
     values_of_ranks,
 )
+from training.initial_model import (
+    HUB,
+    adopt_architecture,
+    check_vocabulary,
+    find_published,
+)
+from training.model_source import open_weights
 from training.record import compare_with_record, make_record, print_report
 from training.run_log import (
     Run,
@@ -115,6 +124,16 @@ class Job:
                         keep=self.options['keep_checkpoints'])
         self.saved_step = step
 
+    def export_hf(self) -> Path:
+        """The last checkpoint into hf/ of the run folder, by rank 0."""
+        from hf_convert import export_model
+        self.expect_delays()
+        folder = self.run.folder / 'hf'
+        on_main(self.ranks, functools.partial(
+            export_model, self.run.folder / 'checkpoints'
+            / f'step_{self.max_iters:08d}', folder, overwrite=True))
+        return folder
+
     def __enter__(self):
         return self
 
@@ -148,10 +167,17 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     if resumed:
         parsed = configure(namespace, source_path, argv,
                            base=recorded_options(resumed, parsed))
+    published = None if resumed else find_published(
+        parsed.values['init_from'], ranks)
+    if published is not None:
+        adopt_architecture(parsed, published)
+        namespace.update(parsed.values)
     options = parsed.values
 
     def check():
         dataset = open_dataset(options['dataset'])
+        if published is not None:
+            check_vocabulary(published, dataset)
         plan = resolve(options, dataset, ranks)
         eval_set = EvalSet(
             dataset.split('val'), eval_bytes=plan['eval_bytes'],
@@ -199,6 +225,8 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         state = load_checkpoint(checkpoint, strategy,
                                 with_optimizer=bool(resumed), stop=stop)
         start_step = state['step'] if resumed else 0
+    elif published is not None:
+        load_published(open_weights(published, model), strategy, stop)
 
     # the run folder comes last: what failed above has written nothing
     run, records = open_run(resumed, start_step, parsed, record, ranks)
@@ -301,7 +329,8 @@ def unfinished_run(options: dict) -> Path | None:
 def choose_checkpoint(options, resumed, ranks, stop) -> Path | None:
     """The checkpoint to begin with: the newest; under init_from='auto' the
     newest that is whole."""
-    if not resumed and options['init_from'] in ('scratch', 'auto'):
+    if not resumed and (options['init_from'] in ('scratch', 'auto')
+                        or options['init_from'].startswith(HUB)):
         return None
     source = resumed or all_or_none(_run_or_checkpoint, options['init_from'])
     # as rank 0 sees them: a shared file system may be behind on another node
@@ -328,8 +357,8 @@ def _run_or_checkpoint(path) -> Path:
     try:
         return resolve_run(path)
     except RunError as error:
-        raise RunError(f"init_from={path}: not 'scratch', 'resume' or 'auto', "
-                       f'and {error}') from error
+        raise RunError(f"init_from={path}: not 'scratch', 'resume', 'auto' "
+                       f'or hf:NAME, and {error}') from error
 
 
 def open_run(resumed, start_step, parsed, record, ranks):

@@ -1,0 +1,100 @@
+"""A published or imported model to begin training from.
+
+Its architecture then comes from the model, and the data must have been made
+with its tokenizer.
+"""
+
+import json
+from pathlib import Path
+
+from training.configurator import ConfigError
+from training.dataset import Dataset, DatasetError
+from training.distributed import all_or_none
+from training.model_source import (
+    Source,
+    SourceError,
+    find_source,
+    find_tokenizer,
+    read_tokenizer,
+)
+from training.settings import ARCHITECTURE_OPTIONS
+
+HUB = 'hf:'
+# fields that change no weight and that training may choose
+FREE_FIELDS = ('attention_backend', 'dropout')
+
+
+def find_published(init_from: str, ranks) -> Source | None:
+    """The model that init_from names, if it is one of Hugging Face or an
+    imported one; rank 0 looks first, so that it is fetched once."""
+    def is_imported():
+        try:
+            state = json.loads((Path(init_from) / 'state.json').read_text())
+        except (OSError, ValueError):
+            return False  # what is wrong with a checkpoint is told later
+        return isinstance(state, dict) and 'imported' in state
+
+    if not init_from.startswith(HUB) and not is_imported():
+        return None
+    all_or_none(lambda: ranks.is_main and find_source(init_from))
+    return all_or_none(lambda: find_source(init_from))
+
+
+def adopt_architecture(parsed, source: Source):
+    """Set the options of the architecture to the model's.
+
+    A shorter block_size is free with rotary positions. Raises ConfigError
+    that lists the given options that contradict the model.
+    """
+    from hf_convert import model_type_of
+    model, given = source.config.to_dict(), parsed.given
+    rotary = source.config.position_encoding == 'rope'
+    family = {'gpt2': ('gpt2',), 'qwen3': ('qwen3',),
+              'llama': ('llama3', 'llama2')}[model_type_of(source.config)]
+    problems = []
+    if given.get('arch_preset', family[0]) not in family:
+        problems.append(f"arch_preset={given['arch_preset']!r} contradicts "
+                        f'the model, which is {" or ".join(family)}: leave '
+                        'it out')
+    elif 'arch_preset' not in given:
+        parsed.values['arch_preset'] = family[0]
+    for name in ARCHITECTURE_OPTIONS:
+        value = given.get(name)
+        if value is None:
+            if rotary or name not in ('rope_theta', 'rope_scaling'):
+                parsed.values[name] = model[name]
+        elif (name not in FREE_FIELDS and value != model[name]
+              and not (name == 'block_size' and rotary
+                       and value < model[name])):
+            problems.append(f'{name}={value!r} contradicts the model, which '
+                            f'has {model[name]!r}: leave it out')
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_vocabulary(source: Source, dataset: Dataset):
+    """DatasetError unless the ids of the data are those of the model."""
+    if dataset.tokenizer_size > source.config.vocab_size:
+        raise DatasetError(
+            f'{dataset.name} has {dataset.tokenizer_size} ids, the model '
+            f'{source.folder} {source.config.vocab_size} rows: prepare the '
+            "data with the model's tokenizer")
+    if dataset.tokenizer_folder is None:
+        return
+    try:
+        folder, _ = find_tokenizer(source)
+    except SourceError:
+        return  # a model without a tokenizer says nothing of its ids
+    theirs = read_tokenizer(folder, source.config.vocab_size).get_vocab()
+    ours = read_tokenizer(dataset.tokenizer_folder,
+                          dataset.vocab_size).get_vocab()
+    other = [token for token, number in ours.items()
+             if theirs.get(token) != number]
+    if other:
+        token = min(other, key=ours.get)
+        raise DatasetError(
+            f'{dataset.name} was made with another tokenizer than the model '
+            f'{source.folder}: {len(other):,} of its {len(ours):,} tokens '
+            f'differ, the first, {token!r}, is id {ours[token]} here and '
+            f"{theirs.get(token, 'absent')} there; prepare the data with "
+            f'--tokenizer {folder}')
