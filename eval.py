@@ -163,7 +163,7 @@ def keep(subject: Subject, results: list[dict]) -> list[dict]:
     source = subject.opened.source
     results = [{'kind': result['kind'],
                 'step': source.state['step'] if source.run else None,
-                'model': str(source.folder), **result,
+                'model': str(source.folder.resolve()), **result,
                 'dtype': subject.dtype,
                 'device': device_name(subject.device),
                 'commit': source_commit()} for result in results]
@@ -314,7 +314,7 @@ def score_tasks(subject: Subject, loaded) -> list[dict]:
 def print_tables(results: list[dict]):
     first = results[0]
     step = '' if first['step'] is None else f', step {first["step"]}'
-    print(f'{first["model"]}{step}, {first["dtype"]} on {first["device"]}')
+    print(f'{out_dir}{step}, {first["dtype"]} on {first["device"]}')
     scored = [r for r in results if r['kind'] != 'task']
     if scored:
         print('\n' + format_table(
