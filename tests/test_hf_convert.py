@@ -340,7 +340,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, trained, data):
         open_model(folder)
 
 
-# --- what is written -----------------------------------------------------------
+# --- what is written ---------------------------------------------------------
 
 
 def test_what_no_class_expresses_is_refused(warm, data, tmp_path):
@@ -441,7 +441,7 @@ def run_forked(code):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-# --- training from a model -------------------------------------------------------
+# --- training from a model ---------------------------------------------------
 
 
 @pytest.fixture
@@ -503,7 +503,7 @@ def test_data_of_another_tokenizer(trained, data, go_on, dataset, says):
     assert result.returncode == 2 and says in result.stderr, result.stderr
 
 
-# --- the command -----------------------------------------------------------------
+# --- the command -------------------------------------------------------------
 
 
 def test_as_a_command(trained, tmp_path):
@@ -520,7 +520,7 @@ def test_as_a_command(trained, tmp_path):
     assert re.match('error: .*hf exists', result.stderr)
 
 
-# --- memory -----------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------
 
 PEAK = '''
 import sys, resource
