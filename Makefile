@@ -1,6 +1,7 @@
 # make quickstart   an environment, a small dataset, four models, a comparison
 # make test         the environment and the tests, all but the slow ones
-# make test-all     the slow ones as well: kills, restarts, many processes
+# make test-all     the slow ones as well: kills, restarts, many processes;
+#                   installs lm-eval, which some of them need
 # make soak         20 kills of a run of two processes
 # make check        lint
 # make clean        remove the environment; runs and datasets stay
@@ -14,6 +15,7 @@ TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
+READY_EVAL := $(VENV)/.installed-eval
 
 # a d_ff for each preset that makes all four equally large
 QUICK_RUNS := gpt2:588 llama2:416 llama3:512 qwen3:480
@@ -36,6 +38,10 @@ endif
 	$(RUN) -m pip install --quiet -r requirements.txt
 	@touch $@
 
+$(READY_EVAL): requirements-eval.txt $(READY)
+	$(RUN) -m pip install --quiet -r requirements-eval.txt
+	@touch $@
+
 data/python_stdlib/meta.json: | $(READY)
 	$(RUN) data/python_stdlib/prepare.py
 
@@ -54,7 +60,7 @@ quickstart: $(READY) data/python_stdlib/meta.json
 test: $(READY)
 	$(RUN) -m pytest -q -m "not slow" tests
 
-test-all: $(READY)
+test-all: $(READY_EVAL)
 	$(RUN) -m pytest -q tests
 
 soak: $(READY)

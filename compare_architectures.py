@@ -32,6 +32,8 @@ from training.tables import (
     group_table,
     run_tables,
     state,
+    task_notes,
+    task_tables,
     verdict,
     walk_table,
 )
@@ -115,18 +117,19 @@ def main(argv=None) -> int:
     runs = in_order(comparison.runs, leads[arguments.by])
     tables = run_tables(runs, arguments.dollars_per_gpu_hour)
     tables += result_tables(comparison, leads[arguments.by])
+    tables += task_tables(runs)
     base, base_note = baseline(runs)
     warnings = [warning(run, arguments.keep_suspects)
                 for run in comparison.runs if run.suspicions]
     lines = findings(comparison, leads)
-    lines.append(base_note)
+    lines += [*task_notes(runs), base_note]
 
     for line in warnings:
         print(fill(line) + '\n')
     narrow = all(is_narrow(table) for table in tables[:3])
     for i, table in enumerate(tables):
         keyed = not narrow if i < 3 else not is_narrow(table)
-        print(terminal(table, keyed, legend=i in (0, 3, 4)) + '\n')
+        print(terminal(table, keyed, legend=i not in (1, 2)) + '\n')
     for line in lines:
         print(fill(line))
     command = 'python compare_architectures.py ' + shlex.join(
@@ -341,13 +344,20 @@ def row_of(run: RunSummary, dollars) -> dict:
         'dollars': dollars and run.device_hours
         and run.device_hours * dollars,
         'device': record['device'], 'world_size': record['world_size'],
+        **{f'{task}/{metric}{kind}': value
+           for task, result in run.tasks.items()
+           for kind, values in (('', result['metrics']),
+                                ('_stderr', result['stderr']))
+           for metric, value in values.items()},
     }
 
 
 def write_csv(path: Path, runs, dollars):
     rows = [row_of(run, dollars) for run in runs]
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
+        # a run may have no result of a task
+        writer = csv.DictWriter(
+            file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
 

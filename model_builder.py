@@ -24,6 +24,7 @@ from model_components import (
     softmax_chunk,
 )
 from model_config import ModelArchitectureConfig
+from model_generation import generate
 
 
 class PreNormBlock(nn.Module):
@@ -36,9 +37,9 @@ class PreNormBlock(nn.Module):
         self.ffn_norm = build_norm(config, config.n_embd)
         self.ffn = FEED_FORWARDS[config.ffn_type](config)
 
-    def forward(self, x, rope=None):
+    def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.attn_norm(x), rope)
+        x = x + self.attn(self.attn_norm(x), rope, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -48,9 +49,9 @@ class PostNormBlock(PreNormBlock):
     Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
     """
 
-    def forward(self, x, rope=None):
+    def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C)."""
-        x = self.attn_norm(x + self.attn(x, rope))
+        x = self.attn_norm(x + self.attn(x, rope, cache))
         return self.ffn_norm(x + self.ffn(x))
 
 
@@ -140,24 +141,34 @@ class ConfigurableGPT(nn.Module):
                 loss = loss / (targets >= 0).sum()
         return logits, loss
 
-    def hidden_states(self, idx):
-        """idx (B, T) int64 -> (B, T, C), what the head is applied to."""
+    def hidden_states(self, idx, cache=None):
+        """idx (B, T) int64 -> (B, T, C), what the head is applied to.
+
+        `cache` is a KVCache of the tokens before idx; it takes up those of
+        idx.
+        """
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(
                 f'a sequence of {T} tokens exceeds block_size='
                 f'{self.config.block_size}: shorten it, or build the model '
                 'with a larger block_size')
+        rope, layers = self.rope, [None] * len(self.h)
+        positions = slice(T)
+        if cache is not None:
+            cache.advance(T)
+            positions, layers = cache.positions, cache.layers
+            rope = None if rope is None else rope.at(positions)
         x = self.wte(idx)                                     # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[:T]
+            x = x + self.wpe.weight[positions]
         if torch.is_autocast_enabled(x.device.type):
             # an embedding is no matmul, so autocast leaves it in fp32, and
             # the whole residual stream with it
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.drop(x)
-        for block in self.h:
-            x = block(x, self.rope)
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, rope, layer)
         return self.ln_f(x)
 
     def checkpoint_blocks(self):
@@ -187,46 +198,28 @@ class ConfigurableGPT(nn.Module):
             part.forward = compiled(part.forward)
         self.softmax_chunk = compiled(softmax_chunk)
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None,
-                 top_p=None, n_ids=None, eos_id=None, generator=None):
-        """idx (B, T) int64 -> (B, T + max_new_tokens), drawn token by token.
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None,
+                 top_p=None, n_ids=None, eos_id=None, generator=None,
+                 use_cache=True, on_token=None):
+        """Prompts, continued token by token.
+
+        `prompts` is (B, T) int64, or B lists of ids, which may differ in
+        length. The result is of the same kind, prompts included; in a tensor
+        rows that ended early are filled up with `eos_id` (0 without one).
 
         `temperature` 0 takes the likeliest token. `top_k` keeps the k
         likeliest, `top_p` the fewest that together have that probability.
         `n_ids` is the tokenizer's size: rows from there on are padding of the
-        embedding and are never drawn. Generation ends early when every row
-        has drawn `eos_id`. Contexts beyond block_size lose their beginning.
+        embedding and are never drawn. A row ends when it draws `eos_id`, or
+        when `on_token(row, id)`, called with each token, returns True.
+        `generator` is one torch.Generator or a list of one a row.
+
+        Contexts beyond block_size lose their beginning: of a prompt the
+        newest block_size tokens are read, and a row that outgrows block_size
+        goes on from its newest three quarters. With `use_cache=False` every
+        token is computed from its whole context; the tokens are the same.
+        Raises ValueError for an empty prompt and for ids or options out of
+        range.
         """
-        done = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size:]
-            x = self.hidden_states(context)[:, -1]            # (B, C)
-            logits = self.lm_head(x).float()[:, :n_ids]       # (B, V)
-            token = draw(logits, temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, token), dim=1)
-            if eos_id is not None:
-                done |= token[:, 0] == eos_id
-                if done.all():
-                    break
-        return idx
-
-
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token per row: logits (B, V) fp32 -> (B, 1) int64."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, float('-inf')).scatter_(
-            1, kept.indices, kept.values)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        # a token goes when those before it already have top_p
-        before = ordered.cumsum(dim=-1) - ordered
-        before[:, 0] = -1.0  # the likeliest stays
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator)
+        return generate(self, prompts, max_new_tokens, temperature, top_k,
+                        top_p, n_ids, eos_id, generator, use_cache, on_token)

@@ -8,6 +8,7 @@ To add a choice, write one class (or function) and one line in its dictionary,
 and name it in CHOICES of model_config.py.
 """
 
+import functools
 import importlib.util
 import math
 
@@ -123,10 +124,20 @@ class RoPEPositionEncoding(nn.Module):
         positions would fall together at long contexts.
         """
         T = x.shape[1]
-        cos, sin = self.cos[:T, None, :], self.sin[:T, None, :]  # (T, 1, D/2)
-        x1, x2 = x.float().chunk(2, dim=-1)                 # (B, T, heads, D/2)
-        turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-        return turned.type_as(x)
+        return turn(x, self.cos[:T, None, :], self.sin[:T, None, :])
+
+    def at(self, positions):
+        """The same for other positions, (T,) or (B, T) int64: a function."""
+        cos, sin = self.cos[positions], self.sin[positions]  # (..., T, D/2)
+        return functools.partial(turn, cos=cos[..., None, :],
+                                 sin=sin[..., None, :])
+
+
+def turn(x, cos, sin):
+    """x (B, T, heads, D) by angles whose cos and sin are (..., T, 1, D/2)."""
+    x1, x2 = x.float().chunk(2, dim=-1)                 # (B, T, heads, D/2)
+    turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return turned.type_as(x)
 
 
 def build_rope(config: ModelArchitectureConfig) -> nn.Module | None:
@@ -138,10 +149,10 @@ def build_rope(config: ModelArchitectureConfig) -> nn.Module | None:
 
 # --- attention -------------------------------------------------------------
 # each: q (B, T, H, D), k and v (B, S, K, D), S >= T -> (B, T, H, D), causal:
-# query t sees keys up to t + S - T
+# query t sees keys up to t + S - T, or what mask (B, 1, T, S) bool has True
 
 
-def sdpa_attention(q, k, v, dropout):
+def sdpa_attention(q, k, v, dropout, mask=None):
     """PyTorch's scaled_dot_product_attention; keys are not repeated for GQA."""
     dtype = q.dtype
     if q.device.type == 'cpu' and dtype == torch.bfloat16 and q.requires_grad:
@@ -149,17 +160,21 @@ def sdpa_attention(q, k, v, dropout):
         # (RESULTS.md, "Attention on a CPU")
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # (B, heads, T, D)
-    T, S = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < T < S:  # a chunk after a cache: is_causal would align top left
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if mask is None and 1 < T < S:
+        # a chunk after a cache: is_causal would align top left
         mask = causal_mask(T, S, q.device)
+    if T == 1 and H != K:
+        # one query a head: those of a group are a sequence to their keys,
+        # which the CPU's kernel would otherwise copy for each of them
+        q = q.view(B, K, H // K, D)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout,
         is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2).to(dtype)
+    return y.reshape(B, H, T, D).transpose(1, 2).to(dtype)
 
 
-def eager_attention(q, k, v, dropout):
+def eager_attention(q, k, v, dropout, mask=None):
     """softmax(q k^T / sqrt(D)) v written out, softmax in fp32; for reading,
     counting FLOPs and checking the others."""
     group = q.shape[2] // k.shape[2]
@@ -167,20 +182,23 @@ def eager_attention(q, k, v, dropout):
     v = v.repeat_interleave(group, dim=2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))        # (B, H, T, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    if mask is None:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
     scores = scores.masked_fill(~mask, float('-inf'))
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
     weights = F.dropout(weights, dropout, training=dropout > 0)
     return (weights @ v).transpose(1, 2)
 
 
-def flash_attention(q, k, v, dropout):
+def flash_attention(q, k, v, dropout, mask=None):
     """The flash-attn package's FlashAttention-2, else PyTorch's SDPA.
 
-    What runs is decided by `attention_in_use`, which the run prints.
+    What runs is decided by `attention_in_use`, which the run prints; a mask,
+    which only generation from padded prompts has, the package cannot take.
     """
-    if attention_in_use('flash_attn_2', q.device.type, q.dtype)[0] == 'sdpa':
-        return sdpa_attention(q, k, v, dropout)
+    if mask is not None or attention_in_use(
+            'flash_attn_2', q.device.type, q.dtype)[0] == 'sdpa':
+        return sdpa_attention(q, k, v, dropout, mask)
     from flash_attn import flash_attn_func
     return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
 
@@ -231,8 +249,11 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION_BACKENDS[config.attention_backend]
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None):
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x, rope=None, cache=None):
+        """x (B, T, C) -> (B, T, C).
+
+        `cache` is a layer's part of a KVCache, whose tokens come before x.
+        """
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2K, D)
         q, k, v = qkv.split(
@@ -241,7 +262,11 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v)                        # (B, S, K, D)
+            mask = cache.mask
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
         return self.residual_dropout(self.proj(y.reshape(B, T, -1)))
 
 

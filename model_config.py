@@ -182,8 +182,9 @@ class ModelArchitectureConfig:
         norm = {'layernorm': 'LayerNorm', 'rmsnorm': 'RMSNorm'}
         return ', '.join([
             f'{self.n_layer}x{self.n_embd}', attention,
-            positions[self.position_encoding],
-            f'{self.norm_position}-{norm[self.normalization]}',
+            positions.get(self.position_encoding, self.position_encoding),
+            f'{self.norm_position}-'
+            + norm.get(self.normalization, self.normalization),
             f'{"gated " if self.ffn_type == "swiglu" else ""}'
             f'{self.activation} {self.d_ff}',
             'tied' if self.weight_tying else 'untied'])

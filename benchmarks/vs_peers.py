@@ -4,26 +4,26 @@ Forward, backward, clipping and fused AdamW, in turn A B A B in one process;
 medians and ratios. The peers: `Qwen3ForCausalLM` of transformers, and nanoGPT's
 design written out below. The floor is the step's matrix products alone. Memory
 is what a step adds to weights, gradients and optimizer state, each in a
-process of its own.
+process of its own. bf16 is left out on a CPU without fast bf16.
 
     python benchmarks/vs_peers.py
     python benchmarks/vs_peers.py --shape small --dtype float32 --rounds 5
+    python benchmarks/vs_peers.py --smoke    # tiny shapes, to see that it runs
 """
 
 import argparse
 import dataclasses
 import gc
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -33,7 +33,10 @@ from model_builder import ConfigurableGPT  # noqa: E402
 from model_config import get_preset_config  # noqa: E402
 from training.device import (  # noqa: E402
     autocast,
+    computing_dtype,
     device_name,
+    forget_peak,
+    resident,
     resolve_device,
     synchronize,
 )
@@ -45,6 +48,7 @@ from training.optimizer import build_optimizer  # noqa: E402
 class Shape:
     """A model and a batch; head_dim is 64 in all of them."""
 
+    contenders: tuple[str, str]  # ours and its peer
     n_layer: int
     n_embd: int
     n_head: int
@@ -56,25 +60,40 @@ class Shape:
 
 
 SHAPES = {
-    'big': Shape(4, 256, 4, 2, 768, 151936, 4, 512),
-    'small': Shape(6, 384, 6, 2, 1152, 4096, 8, 256),
-    # for the tests: seconds, not minutes
-    'tiny': Shape(2, 64, 1, 1, 128, 512, 2, 32),
+    'big': Shape(('qwen3', 'transformers'),
+                 4, 256, 4, 2, 768, 151936, 4, 512),
+    'small': Shape(('qwen3', 'transformers'),
+                   6, 384, 6, 2, 1152, 4096, 8, 256),
+    'gpt2': Shape(('gpt2', 'nanoGPT'), 6, 384, 6, 6, 1152, 4096, 8, 256),
 }
+SMOKE = dict(n_layer=2, n_embd=64, n_head=1, n_kv_head=1, d_ff=128,
+             vocab_size=512, batch_size=2, block_size=32)
+
+
+def shape_of(name, smoke) -> Shape:
+    return dataclasses.replace(SHAPES[name], **SMOKE if smoke else {})
+
 
 # --- the contenders: each takes (x, y) and returns the mean loss -----------
+
+
+def config_of(shape):
+    """This project's architecture of a shape."""
+    preset = shape.contenders[0]
+    own = dict(head_dim=64, weight_tying=False) if preset == 'qwen3' else {}
+    return get_preset_config(
+        preset, n_layer=shape.n_layer, n_embd=shape.n_embd,
+        n_head=shape.n_head, num_key_value_heads=shape.n_kv_head,
+        d_ff=shape.d_ff, vocab_size=shape.vocab_size,
+        block_size=shape.block_size, **own)
 
 
 class Ours(nn.Module):
     """A preset of this project."""
 
-    def __init__(self, shape, preset, **overrides):
+    def __init__(self, shape):
         super().__init__()
-        self.model = ConfigurableGPT(get_preset_config(
-            preset, n_layer=shape.n_layer, n_embd=shape.n_embd,
-            n_head=shape.n_head, d_ff=shape.d_ff,
-            vocab_size=shape.vocab_size, block_size=shape.block_size,
-            **overrides))
+        self.model = ConfigurableGPT(config_of(shape))
 
     def forward(self, x, y):
         return self.model(x, y, return_logits=False)[1]
@@ -85,6 +104,7 @@ class Transformers(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
+        import transformers  # takes seconds: only where it is needed
         self.model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             num_hidden_layers=shape.n_layer, hidden_size=shape.n_embd,
             num_attention_heads=shape.n_head, head_dim=64,
@@ -103,12 +123,12 @@ class NanoGPTBlock(nn.Module):
         super().__init__()
         C = shape.n_embd
         self.n_head = shape.n_head
-        self.ln_1 = nn.LayerNorm(C, bias=False)
-        self.c_attn = nn.Linear(C, 3 * C, bias=False)
-        self.c_proj = nn.Linear(C, C, bias=False)
-        self.ln_2 = nn.LayerNorm(C, bias=False)
-        self.c_fc = nn.Linear(C, shape.d_ff, bias=False)
-        self.mlp_proj = nn.Linear(shape.d_ff, C, bias=False)
+        self.ln_1 = nn.LayerNorm(C)
+        self.c_attn = nn.Linear(C, 3 * C)
+        self.c_proj = nn.Linear(C, C)
+        self.ln_2 = nn.LayerNorm(C)
+        self.c_fc = nn.Linear(C, shape.d_ff)
+        self.mlp_proj = nn.Linear(shape.d_ff, C)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -121,7 +141,7 @@ class NanoGPTBlock(nn.Module):
 
 class NanoGPT(nn.Module):
     """nanoGPT's design: learned positions, LayerNorm, fused q, k and v, SDPA,
-    GELU, a tied head, all logits, F.cross_entropy. Without biases."""
+    GELU, biases, a tied head, all logits, F.cross_entropy."""
 
     def __init__(self, shape):
         super().__init__()
@@ -129,7 +149,7 @@ class NanoGPT(nn.Module):
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
         self.h = nn.ModuleList(
             NanoGPTBlock(shape) for _ in range(shape.n_layer))
-        self.ln_f = nn.LayerNorm(shape.n_embd, bias=False)
+        self.ln_f = nn.LayerNorm(shape.n_embd)
         self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         for p in self.parameters():
@@ -146,14 +166,8 @@ class NanoGPT(nn.Module):
                                ignore_index=-1)
 
 
-CONTENDERS = {
-    'qwen3': lambda s: Ours(s, 'qwen3', head_dim=64, weight_tying=False,
-                            num_key_value_heads=s.n_kv_head),
-    'transformers': Transformers,
-    'gpt2': lambda s: Ours(s, 'gpt2', bias=False),
-    'nanoGPT': NanoGPT,
-}
-PEERS = {'qwen3': 'transformers', 'gpt2': 'nanoGPT'}
+CONTENDERS = {'qwen3': Ours, 'transformers': Transformers,
+              'gpt2': Ours, 'nanoGPT': NanoGPT}
 
 # --- a step ------------------------------------------------------------------
 
@@ -185,18 +199,16 @@ def training_step(name, shape, dtype, device, compiled):
 
 
 def matrix_products(shape, dtype, device):
-    """The three products of every linear layer of qwen3, nothing else."""
-    s = shape
-    layer = [(s.n_embd, (s.n_head + 2 * s.n_kv_head) * 64),
-             (s.n_head * 64, s.n_embd), (s.n_embd, 2 * s.d_ff),
-             (s.d_ff, s.n_embd)]
-    layers = layer * s.n_layer + [(s.n_embd, s.vocab_size)]
-    config = Ours(dataclasses.replace(s, vocab_size=64), 'qwen3', head_dim=64,
-                  num_key_value_heads=s.n_kv_head).model.config
-    expected = dataclasses.replace(config, vocab_size=s.vocab_size)
-    assert sum(a * b for a, b in layers) == matmul_weights(expected)
+    """The three products of every linear layer of ours, nothing else."""
+    c = config_of(shape)
+    up = 2 * c.d_ff if c.ffn_type == 'swiglu' else c.d_ff
+    layer = [(c.n_embd, (c.n_head + 2 * c.num_key_value_heads) * c.head_dim),
+             (c.n_head * c.head_dim, c.n_embd), (c.n_embd, up),
+             (c.d_ff, c.n_embd)]
+    layers = layer * c.n_layer + [(c.n_embd, c.vocab_size)]
+    assert sum(a * b for a, b in layers) == matmul_weights(c)
     kind = getattr(torch, dtype)
-    N = s.batch_size * s.block_size
+    N = shape.batch_size * shape.block_size
     sizes = {size: (torch.randn(N, size[0], device=device, dtype=kind),
                     torch.randn(size[::-1], device=device, dtype=kind))
              for size in set(layers)}
@@ -236,12 +248,6 @@ def timed(steps: dict, device, rounds: int) -> dict:
 # --- memory ------------------------------------------------------------------
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM of this process."""
-    text = Path('/proc/self/status').read_text()
-    return int(re.search(field + r':\s+(\d+) kB', text)[1]) * 1024
-
-
 def added_memory(step, n_parameters, device) -> int:
     """Bytes that a step adds to weights, gradients and optimizer state."""
     for _ in range(2):
@@ -250,12 +256,12 @@ def added_memory(step, n_parameters, device) -> int:
     gradients = 4 * n_parameters  # they are dropped between steps
     if device.type == 'cuda':
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        forget_peak(device)
         before = torch.cuda.memory_allocated(device)
         step()
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+        forget_peak(device)
         before = resident('VmRSS')
         step()
         peak = resident('VmHWM')
@@ -267,8 +273,9 @@ def memory_of(name, options) -> float:
     command = [sys.executable, __file__, '--memory_of', name,
                '--shape', options['shape'], '--dtype', options['dtype'],
                '--device', options['device']]
-    if not options['compile']:
-        command.append('--eager')
+    for flag in 'eager', 'smoke':
+        if options[flag]:
+            command.append(f'--{flag}')
     output = subprocess.run(command, check=True, capture_output=True,
                             text=True).stdout
     return int(output) / 1e9
@@ -277,35 +284,30 @@ def memory_of(name, options) -> float:
 # --- the table ---------------------------------------------------------------
 
 
-def report(shape_name, dtype, device, rounds, compiled):
-    """Measure one shape in one dtype and print its rows."""
-    shape = SHAPES[shape_name]
-    names = list(CONTENDERS)
-    if shape_name == 'big':  # nanoGPT's comparison is the small one
-        names = ['qwen3', 'transformers']
+def report(name, dtype, device, options):
+    """Measure one shape in one dtype and print its two rows."""
+    shape = shape_of(name, options['smoke'])
+    ours, peer = shape.contenders
     steps, n_parameters = {}, {}
-    for name in names:
-        steps[name], n_parameters[name] = training_step(
-            name, shape, dtype, device, compiled)
+    for model in shape.contenders:
+        steps[model], n_parameters[model] = training_step(
+            model, shape, dtype, device, not options['eager'])
     steps['products'] = matrix_products(shape, dtype, device)
-    times = timed(steps, device, rounds)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    options = dict(shape=shape_name, dtype=dtype, device=str(device),
-                   compile=compiled)
-    memory = {name: memory_of(name, options) for name in names}
-    for name in names:
-        peer = PEERS.get(name)
-        speed = mem = ''
-        if peer:
-            # of each round, so that what slows the machine slows both
-            ratio = statistics.median(
-                b / a for a, b in zip(times[name], times[peer], strict=True))
-            speed = f'{ratio:.2f}'
-            mem = f'{memory[name] / memory[peer]:.2f}'
-        print(f'| {shape_name} | {dtype} | {name} | '
-              f'{n_parameters[name] / 1e6:.1f} | {median[name]:.0f} | '
-              f'{speed} | {median[name] / median["products"]:.2f} | '
-              f'{memory[name]:.3f} | {mem} |', flush=True)
+    times = timed(steps, device, options['rounds'])
+    median = {model: statistics.median(t) for model, t in times.items()}
+    given = options | dict(shape=name, dtype=dtype, device=str(device))
+    memory = {model: memory_of(model, given) for model in shape.contenders}
+    # of each round, so that what slows the machine slows both
+    speed = statistics.median(
+        b / a for a, b in zip(times[ours], times[peer], strict=True))
+    ratios = {ours: (f'{speed:.2f}', f'{memory[ours] / memory[peer]:.2f}'),
+              peer: ('', '')}
+    for model in shape.contenders:
+        faster, less = ratios[model]
+        print(f'| {name} | {dtype} | {model} | '
+              f'{n_parameters[model] / 1e6:.1f} | {median[model]:.0f} | '
+              f'{faster} | {median[model] / median["products"]:.2f} | '
+              f'{memory[model]:.3f} | {less} |', flush=True)
 
 
 def main():
@@ -313,35 +315,44 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', choices=SHAPES, action='append',
-                        help='default: big and small')
+                        help='default: all')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
                         action='append', help='default: both')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--eager', action='store_true',
                         help='without torch.compile')
+    parser.add_argument('--smoke', action='store_true',
+                        help='tiny shapes, to see that all of it runs')
     parser.add_argument('--memory_of', choices=CONTENDERS,
                         help='only print the bytes that a step of this one '
                         'adds')
     args = parser.parse_args()
     device = resolve_device(args.device)
-    shapes = args.shape or ['big', 'small']
+    shapes = args.shape or list(SHAPES)
     dtypes = args.dtype or ['float32', 'bfloat16']
     if args.memory_of:
-        step, n = training_step(args.memory_of, SHAPES[shapes[0]], dtypes[0],
-                                device, not args.eager)
+        step, n = training_step(
+            args.memory_of, shape_of(shapes[0], args.smoke), dtypes[0], device,
+            not args.eager)
         print(added_memory(step, n, device))
         return
     print(f'{platform.machine()}, {device_name(device)}, Python '
           f'{platform.python_version()}, torch {torch.__version__}, '
-          f'transformers {transformers.__version__}; '
+          f'transformers {version("transformers")}; '
           f'{"eager" if args.eager else "compiled"}, {args.rounds} rounds\n')
     print('| shape | dtype | model | M parameters | ms | times as fast as its '
           'peer | over its products | GB added | of its peer\'s |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    left_out = None
     for shape in shapes:
         for dtype in dtypes:
-            report(shape, dtype, device, args.rounds, not args.eager)
+            runs, reason = computing_dtype(device, dtype)
+            if runs == dtype:
+                report(shape, dtype, device, vars(args))
+            else:
+                left_out = f'\n{dtype} is left out: {reason}.'
+    print(left_out or '')
 
 
 if __name__ == '__main__':

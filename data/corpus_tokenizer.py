@@ -85,27 +85,31 @@ class CorpusTokenizer(NamedTuple):
 
     @property
     def plain_content(self):
-        """The content without added tokens: everything is plain text.
+        return plain_content(self.content, self.record["eot_token"])
 
-        Merges that would build a special token go as well: sentencepiece
-        never makes a control symbol such as </s> out of text.
-        """
-        special = {
-            token["content"]
-            for token in self.content["added_tokens"]
-            if token["special"]
-        } | {self.record["eot_token"]}
-        model = dict(self.content["model"])
-        if "merges" in model:  # pairs; in older files with a space between
-            model["merges"] = [
-                merge
-                for merge in model["merges"]
-                if "".join(
-                    merge.split(" ") if isinstance(merge, str) else merge
-                ) not in special
-            ]
-        none = {"added_tokens": [], "truncation": None, "padding": None}
-        return self.content | none | {"model": model}
+
+def plain_content(content, eot_token):
+    """A tokenizer.json without added tokens: everything is plain text.
+
+    Merges that would build a special token go as well: sentencepiece
+    never makes a control symbol such as </s> out of text.
+    """
+    special = {
+        token["content"]
+        for token in content["added_tokens"]
+        if token["special"]
+    } | {eot_token}
+    model = dict(content["model"])
+    if "merges" in model:  # pairs; in older files with a space between
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if "".join(
+                merge.split(" ") if isinstance(merge, str) else merge
+            ) not in special
+        ]
+    none = {"added_tokens": [], "truncation": None, "padding": None}
+    return content | none | {"model": model}
 
 
 def load_tokenizer(spec, known=None, eot_token=None, vocab_size=None):

@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.vs_peers import resident  # noqa: E402
 from model_builder import ConfigurableGPT  # noqa: E402
 from model_config import get_preset_config  # noqa: E402
+from training.device import forget_peak, resident  # noqa: E402
 from training.memory import Setting, memory_plan  # noqa: E402
 from training.optimizer import build_optimizer  # noqa: E402
 
@@ -48,7 +48,7 @@ def measured(config, setting):
     for _ in range(3):
         step()
     gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+    forget_peak(x.device)
     before = resident('VmRSS')
     step()
     return resident('VmHWM') - before

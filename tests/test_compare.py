@@ -592,3 +592,66 @@ def test_what_others_reach_is_above_the_floor(flops, bpb):
     from training.sanity import floor_bpb
     assert floor_bpb(flops) < bpb
     assert floor_bpb(flops) > bpb / 4
+
+
+# --- downstream tasks --------------------------------------------------------
+
+
+def write_results(folder, *results):
+    """Lines of evals.jsonl as eval.py writes them."""
+    usual = {'kind': 'task', 'step': 190, 'stderr': {'acc': 0.01},
+             'limit': None, 'num_fewshot': 0, 'questions': 100, 'version': 1}
+    (folder / 'evals.jsonl').write_text(''.join(
+        json.dumps(usual | result) + '\n' for result in results))
+
+
+def test_downstream_tasks(tmp_path, copy_run, compare):
+    """A column each, in all four outputs; of several results of the last
+    step the newest, of other steps none."""
+    p, q, _ = copy_run('p'), copy_run('q', val_bpb=1.5), copy_run('r')
+    write_results(
+        p, {'task': 'easy', 'metrics': {'acc': 0.1111}},
+        {'task': 'easy', 'metrics': {'acc': 0.2222}},
+        {'task': 'easy', 'metrics': {'acc': 0.3333}, 'step': 100},
+        {'kind': 'text', 'path': 'a', 'loss': 1.0, 'bpb': 0.4444})
+    write_results(
+        q, {'task': 'easy', 'metrics': {'acc': 0.5555}},
+        {'task': 'hard', 'metrics': {'acc': 0.6666, 'acc_norm': 0.7777}})
+    output = compare('out-p', 'out-q', 'out-r', '--csv', 'a.csv',
+                     '--json', 'a.json', '--report', 'a.html')
+    table = output[output.index('downstream tasks'):].split('\n\n')[0]
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ['preset', 'easy', 'acc', 'hard', 'acc_norm', 'run'],
+        ['gpt2', '0.5555', '0.7777', 'out-q'],
+        ['gpt2', '0.2222', '-', 'out-p'], ['gpt2', '-', '-', 'out-r']]
+    assert 'not comparable' not in output
+    with open(tmp_path / 'a.csv', newline='') as file:
+        rows = {row['label']: row for row in csv.DictReader(file)}
+    runs = {run['label']: run
+            for run in read_json(tmp_path / 'a.json')['runs']}
+    for label, name, value in (
+            ('out-p', 'easy/acc', 0.2222), ('out-q', 'easy/acc', 0.5555),
+            ('out-q', 'hard/acc', 0.6666), ('out-q', 'hard/acc_norm', 0.7777),
+            ('out-q', 'hard/acc_stderr', 0.01)):
+        assert float(rows[label][name]) == runs[label][name] == value
+    assert rows['out-r']['easy/acc'] == '' and 'easy/acc' not in runs['out-r']
+    page = (tmp_path / 'a.html').read_text()
+    assert '<th scope="col">hard acc_norm</th>' in page
+    assert '<td>0.7777</td>' in page and '0.3333' not in page
+
+
+def test_downstream_tasks_asked_differently(copy_run, compare):
+    for name, shots in ('p', 0), ('q', 5):
+        write_results(copy_run(name), {
+            'task': 'easy', 'metrics': {'acc': 0.5}, 'num_fewshot': shots})
+    output = compare('out-p', 'out-q').replace('\n  ', ' ')
+    assert 'easy: not comparable' in output and 'num_fewshot 5' in output
+
+
+def test_damaged_results_cost_themselves_only(copy_run, compare):
+    folder = copy_run('p')
+    write_results(folder, {'task': 'easy', 'metrics': {'acc': 0.1234}})
+    with open(folder / 'evals.jsonl', 'a') as file:
+        file.write('{"kind": "task"}\n[]\n{"kind": "task", "st')
+    output = compare('out-p')
+    assert '0.1234' in output and 'out-p (3 damaged)' in output

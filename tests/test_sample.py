@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, newest, read_json, run, snapshot, train
+from running import TINY, newest, read_json, run, snapshot, start, train
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -53,9 +55,11 @@ def test_temperature_0_takes_the_likeliest(sample, qwen_run):
     tokenizer = Tokenizer.from_file(
         f"{record['dataset']['folder']}/tokenizer/tokenizer.json")
     ids = [0, *tokenizer.encode('def get').ids]  # it begins a document
+    begin = 0
     for _ in range(30):
+        begin += 4 if len(ids) - begin > 16 else 0  # a quarter of a block
         with torch.no_grad():
-            logits = model(torch.tensor([ids[-16:]])).logits[0, -1]
+            logits = model(torch.tensor([ids[begin:]])).logits[0, -1]
         ids.append(int(logits[: tokenizer.get_vocab_size()].argmax()))
     expected = tokenizer.decode(ids[1:])
     options = {'temperature': 0, 'num_samples': 2, 'prompt': 'def get',
@@ -92,6 +96,115 @@ def test_default_prompt_begins_a_document(sample, words_run):
     assert len(sample(words_run, num_samples=3, max_new_tokens=9)) == 3
 
 
+def test_a_batch_draws_what_each_sample_draws_alone(sample, gpt2_run):
+    options = {'max_new_tokens': 12, 'num_samples': 3, 'prompt':
+               "['class ', 'def get(self']"}
+    together = sample(gpt2_run, **options)
+    assert len(together) == 6 and len(set(together)) == 6
+    assert together == sample(gpt2_run, **options, batch_size=1)
+    assert together == sample(gpt2_run, **options, batch_size=4)
+
+
+def test_prompts_from_a_file(sample, gpt2_run, tmp_path):
+    options = {'max_new_tokens': 5, 'num_samples': 1, 'temperature': 0}
+    path = tmp_path / 'prompts.txt'
+    path.write_text('def a(\n\nclass B:\n  x = \n')
+    lines = sample(gpt2_run, **options, prompt_file=path)
+    expected = sample(gpt2_run, **options,
+                      prompt="['def a(', 'class B:', '  x = ']")
+    assert lines == expected and len(lines) == 3
+    parts = sample(gpt2_run, **options, prompt_file=path, prompt_separator='')
+    assert parts == lines
+    path.write_text('def a(\n\n  b\n---\nclass B:\n')
+    parts = sample(gpt2_run, **options, prompt_file=path,
+                   prompt_separator='---')
+    assert parts[0].startswith('def a(\n\n  b')
+    assert parts[1].startswith('class B:') and len(parts) == 2
+
+
+def test_stop_strings_end_a_sample(warm, gpt2_run, tmp_path):
+    """The text is that without them, up to the first of them."""
+    options = {'max_new_tokens': 60, 'num_samples': 3, 'prompt': 'def e(',
+               'out_dir': gpt2_run}
+    def sampled(**more):
+        result = warm.run('sample.py', cwd=tmp_path, **options, **more)
+        assert result.returncode == 0, result.stderr
+        drawn = re.search(r'^(\d+) tokens in [\d.]+ s, [\d.]+ tokens/s',
+                          result.stderr, re.MULTILINE)
+        return samples(result.stdout), int(drawn[1])
+    whole, n_whole = sampled(stop_at_eot=False)
+    assert n_whole == 180
+    stops = ['e', 'n ']
+    stopped, n_stopped = sampled(stop_at_eot=False, stop=stops)
+    assert n_stopped < n_whole
+    for text, full in zip(stopped, whole, strict=True):
+        new = full.removeprefix('def e(')
+        cut = min(new.find(s) for s in stops if s in new)
+        assert text.rstrip('\n') == ('def e(' + new[:cut]).rstrip('\n')
+    assert sampled(stop_at_eot=False, stop='e')[1] >= n_stopped
+
+
+def test_special_tokens_in_a_prompt_are_text(sample, gpt2_run):
+    """Unless asked for: then they are ids, which are not shown."""
+    options = {'max_new_tokens': 3, 'num_samples': 1, 'temperature': 0,
+               'prompt': 'a<|endoftext|>b'}
+    assert sample(gpt2_run, **options)[0].startswith('a<|endoftext|>b')
+    assert sample(gpt2_run, **options, special_tokens=True)[0].startswith('ab')
+
+
+def test_a_prompt_beyond_the_context_is_named(warm, gpt2_run, tmp_path):
+    result = warm.run('sample.py', cwd=tmp_path, out_dir=gpt2_run,
+                      max_new_tokens=3, num_samples=1, prompt='x y ' * 40)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'prompt 1 has \d+ tokens: the model reads the last 16',
+                     result.stderr)
+    assert samples(result.stdout)[0].startswith('x y ' * 40)
+
+
+def test_a_folder_of_hugging_face(sample, qwen_run, tmp_path):
+    """What transformers saves is read as the run is."""
+    record = read_json(qwen_run / 'run.json')
+    model = ConfigurableGPT(
+        ModelArchitectureConfig.from_dict(record['architecture']))
+    model.load_state_dict(load_file(
+        qwen_run / 'checkpoints' / 'latest' / 'model.safetensors'),
+        strict=False)
+    hf = to_hf(model)
+    hf.config.eos_token_id = 0
+    hf.save_pretrained(tmp_path / 'hf')
+    for path in (data_folder(record) / 'tokenizer').iterdir():
+        shutil.copy(path, tmp_path / 'hf')
+    options = {'max_new_tokens': 20, 'num_samples': 2, 'prompt': 'def '}
+    assert sample(tmp_path / 'hf', **options) == sample(qwen_run, **options)
+
+
+def data_folder(record):
+    return Path(record['dataset']['folder'])
+
+
+def test_weights_in_bf16(sample, qwen_run):
+    options = {'max_new_tokens': 10, 'num_samples': 1, 'temperature': 0}
+    text = sample(qwen_run, **options, prompt='def ', dtype='bfloat16')[0]
+    assert text.startswith('def ') and len(text) > 8
+
+
+def test_text_comes_token_by_token(qwen_run):
+    """The prompt and some text are there long before the end."""
+    process = start('sample.py', out_dir=qwen_run, num_samples=2,
+                    max_new_tokens=1_000_000, prompt='def ',
+                    stop_at_eot=False)
+    try:
+        assert process.stdout.readline() == '--- sample 1 of 2\n'
+        assert process.stdout.read(40).startswith('def ')
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert 'Traceback' not in err
+
+
 def spoil(*parts, content=b''):
     def change(folder):
         path = folder.joinpath(*parts)
@@ -102,6 +215,11 @@ def spoil(*parts, content=b''):
 @pytest.mark.parametrize('options, change, says', [
     ({'out_dir': 'nowhere'}, None, ['nowhere', 'out_dir']),
     ({'temprature': 1}, None, ['temprature', 'temperature']),
+    ({'stop': "['a', '']"}, None, ['stop', 'empty']),
+    ({'prompt': 'a', 'prompt_file': 'b'}, None, ['prompt', 'prompt_file']),
+    ({'prompt_file': 'nowhere.txt'}, None, ['nowhere.txt', 'UTF-8']),
+    ({'prompt_separator': '---'}, None, ['prompt_separator', 'prompt_file']),
+    ({'prompt': '[]'}, None, ['prompt', 'empty']),
     ({'temperature': -1, 'top_k': 0, 'top_p': 1.5}, None,
      ['temperature', '-1', 'top_k', '0', 'top_p', '1.5']),
     ({}, spoil('out', 'latest', 'checkpoints'), ['checkpoint', 'out']),
@@ -111,7 +229,9 @@ def spoil(*parts, content=b''):
     ({}, spoil('small', 'tokenizer', 'tokenizer.json', content=b'{}'),
      ['tokenizer.json', 'prepare.py']),
     ({}, spoil('small'), ['small', 'prepare.py']),
-], ids=['no run', 'mistyped', 'out of range', 'no checkpoint',
+], ids=['no run', 'mistyped', 'empty stop string', 'two kinds of prompts',
+        'no prompt file', 'separator without a file', 'empty list',
+        'out of range', 'no checkpoint',
         'truncated checkpoint', 'no tokenizer', 'other tokenizer',
         'no dataset'])
 def test_refused(tmp_path, warm, data, gpt2_run, options, change, says):

@@ -1,10 +1,11 @@
 """The device: choosing it, its clock, its memory, and what it can do."""
 
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
-import psutil
 import torch
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}
@@ -96,10 +97,25 @@ def peak_memory_gb(device: torch.device) -> float:
     try:
         import resource
     except ImportError:  # Windows has no getrusage
+        import psutil
         return psutil.Process().memory_info().peak_wset / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # kilobytes, but bytes on a Mac
     return peak / 1e9 if sys.platform == 'darwin' else peak * 1024 / 1e9
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (the peak) of this process, on Linux."""
+    text = Path('/proc/self/status').read_text()
+    return int(re.search(field + r':\s+(\d+) kB', text)[1]) * 1024
+
+
+def forget_peak(device: torch.device):
+    """The peak is counted from now on: VmHWM, or PyTorch's on a GPU."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == 'linux':
+        Path('/proc/self/clear_refs').write_text('5')
 
 
 def check_compiler(device: torch.device):

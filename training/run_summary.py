@@ -1,6 +1,6 @@
 """What a run's folder comes to, for a comparison: figures, curves, faults.
 
-Reads run.json and metrics.jsonl; writes nothing.
+Reads run.json, metrics.jsonl and evals.jsonl; writes nothing.
 """
 
 import json
@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.eval_results import read_results, tasks_at
 from training.run_log import (
     RunError,
     is_running,
@@ -74,6 +75,7 @@ class RunSummary:
     label: str = ''        # tells it apart from the runs beside it
     configuration: str | None = None  # of a sweep
     suspicions: list[str] = field(default_factory=list)  # too good to be true
+    results: list[dict] = field(default_factory=list)  # of eval.py
 
     @property
     def name(self) -> str:
@@ -87,6 +89,12 @@ class RunSummary:
     def step(self) -> int:
         """The last one that is recorded."""
         return max((r['step'] for r in self.evals + self.trains), default=0)
+
+    @property
+    def tasks(self) -> dict[str, dict]:
+        """{downstream task: its newest result} at the last evaluation."""
+        last = self.last_eval
+        return tasks_at(self.results, last['step']) if last else {}
 
     def median(self, key: str) -> float | None:
         """Median of a logged quantity over the steps that have it."""
@@ -197,7 +205,8 @@ def summarize(folder: Path) -> RunSummary:
                        'was written by another version; leave this run out')
     records, damaged = read_metrics(folder)
     whole = [r for r in records if is_whole(r)]
-    damaged += len(records) - len(whole)
+    results, more = read_results(folder)
+    damaged += len(records) - len(whole) + more
     ends = [r['status'] for r in whole if r['kind'] == 'end']
     status = ends[-1] if ends else (
         'running' if is_running(folder) else 'incomplete')
@@ -209,7 +218,7 @@ def summarize(folder: Path) -> RunSummary:
         status=status, damaged_lines=damaged,
         skipped=sum(r['kind'] == 'skipped' for r in whole),
         segments=segments_of(record, read_lines(folder)[0]),
-        clock_fault=clock_fault(evals, trains))
+        clock_fault=clock_fault(evals, trains), results=results)
 
 
 def is_whole(line: dict) -> bool:

@@ -6,9 +6,11 @@ its compute can reach, and gets there in a way in which no loss falls. Two
 bounds, each passed by every sound system that we know of:
 
 Level. Bits per byte of text after C training FLOPs lie near
-1.05 (C / 5e17)^-0.055: this project's quickstart 1.9 at 8e12, GPT-2 124M in
-modded-nanogpt about 1.05 at 5e17, nanochat's d20 0.81 at 4e19; source code
-comes to half of that in the best models. The floor is 0.4 of the line.
+1.05 (C / 5e17)^-0.055: this project's quickstart 1.9 at 8e12, nanochat's d24
+0.748 at 4.33e19 (its dev/LEADERBOARD.md, run 1); in between, modded-nanogpt's
+loss of 3.28 is 1.05 at 4.5 bytes a token, for some 5e17 (estimated from its
+parameters and tokens). Source code comes to half of that in the best models.
+The floor is 0.4 of the line.
 
 Slope. d log(loss) / d log(tokens) between two evaluations, the second with at
 least half as many tokens again: -0.1 to -0.3 after warm-up in our runs, -0.05

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from training.comparison import METRICS, Group, Lead
+from training.eval_results import main_metric
 from training.progress import duration
 from training.run_summary import RunSummary
 from training.sanity import slopes
@@ -85,6 +86,45 @@ def run_tables(runs: list[RunSummary], dollars=None) -> list[Table]:
             *([number(run.device_hours and run.device_hours * dollars, '.2f')]
               if dollars else []), run.label) for run in runs])
     return [results, shapes, costs]
+
+
+def task_tables(runs: list[RunSummary]) -> list[Table]:
+    """A column for each downstream task that eval.py has given a run, three
+    of them a table."""
+    metrics = {}  # {task: what to show of it}
+    for run in runs:
+        for task, result in run.tasks.items():
+            metrics.setdefault(task, main_metric(result))
+
+    def value(run, task, metric):
+        result = run.tasks.get(task)
+        return number(result and result['metrics'].get(metric), '.4f')
+
+    shown = list(metrics.items())
+    parts = [shown[at:at + 3] for at in range(0, len(shown), 3)]
+    return [Table(
+        'downstream tasks',
+        ('preset', *(f'{task} {metric}' for task, metric in part), 'run'),
+        [(run.record['arch_preset'],
+          *(value(run, *column) for column in part), run.label)
+         for run in runs]) for part in parts]
+
+
+def task_notes(runs: list[RunSummary]) -> list[str]:
+    """What makes results of one task no comparison."""
+    notes = []
+    for task in dict.fromkeys(task for run in runs for task in run.tasks):
+        asked = {tuple(run.tasks[task].get(key) for key in (
+            'num_fewshot', 'limit', 'questions', 'version'))
+            for run in runs if task in run.tasks}
+        if len(asked) > 1:
+            notes.append(
+                f'{task}: not comparable, since the runs answered different '
+                'questions (' + '; '.join(sorted(
+                    f'num_fewshot {shots}, limit {limit}, {n} questions, '
+                    f'version {version}'
+                    for shots, limit, n, version in asked)) + ')')
+    return notes
 
 
 def speeds(run, mfu: bool) -> tuple[str, str]:
