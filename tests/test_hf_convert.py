@@ -139,6 +139,18 @@ def test_model_card_and_configs(trained, tmp_path):
                      SINGLE, 'tokenizer.json', 'tokenizer_config.json'}
 
 
+@pytest.mark.parametrize('preset', ['gpt2', 'llama3'])
+def test_check_against_transformers(trained, tmp_path, capsys, preset):
+    (tmp_path / 'text').write_text(TEXT)
+    folder = str(trained[preset] / 'hf')
+    hf_convert.main(['check', folder, str(tmp_path / 'text'), '--tokens=20'])
+    shown = capsys.readouterr().out
+    assert '20 tokens' in shown
+    assert float(re.search(r'logits (\S+),', shown)[1]) < 1e-5
+    ours, theirs = re.findall(r'perplexity, .*: (\S+)', shown)
+    assert abs(float(ours) - float(theirs)) < 1e-3 * float(theirs)
+
+
 # --- official layouts --------------------------------------------------------
 
 GPT2_OFFICIAL = {
