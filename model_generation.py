@@ -262,6 +262,7 @@ def hold_in_bf16(model):
     """Keep the weights of all products and embeddings as bf16, for generation.
 
     In place: the model cannot be trained or saved afterwards. Norms are fp32.
+    Where HalfLinear runs, a tied head is held apart from the embedding.
     """
     packs = packs_for(model.wte.weight.device)
     for parent in list(model.modules()):
