@@ -2,11 +2,13 @@
 
     python hf_convert.py import Qwen/Qwen3-0.6B out-qwen3-official
     python hf_convert.py export out-quickstart my-model
+    python hf_convert.py check Qwen/Qwen3-0.6B README.md
 
 `import` makes a checkpoint folder out of a model of the hub or of a folder:
 train.py begins from it with --init_from=PATH, sample.py and eval.py read it.
 `export` makes a folder that transformers, vLLM and llama.cpp's converter load.
 Neither overwrites a folder unasked, and a folder with the final name is whole.
+`check` compares logits and perplexity with transformers.
 
 Hugging Face's names occur in this file alone. GPT-2 stores its linear weights
 transposed (`Conv1D`), and its q, k, v as one matrix, as this project does;
@@ -33,6 +35,7 @@ from training.model_card import model_card
 from training.model_source import (
     find_source,
     find_tokenizer,
+    open_model,
     open_weights,
     read_tokenizer,
 )
@@ -704,6 +707,31 @@ def _config_values(hf_config, config, ids: dict, dtype: str) -> dict:
     return values
 
 
+@torch.no_grad()
+def check_model(name_or_path, text_file, *, tokens=1024) -> float:
+    """Print how far this project and transformers are apart on a text.
+
+    Both read the same folder in float32, and score the first `tokens` ids.
+    Returns the largest difference of the logits.
+    """
+    folder = locate(name_or_path)
+    found = open_model(f'hf:{folder}', attention_backend='sdpa')
+    ids = found.tokenizer.encode(Path(text_file).read_text('utf-8')).ids
+    ids = torch.tensor([ids[:min(tokens, found.model.config.block_size)]])
+    if ids.shape[1] < 2:
+        raise ConversionError(f'{text_file} has fewer than two tokens')
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True).eval()
+    ours, theirs = found.model(ids)[0], hf(ids).logits
+    difference = (ours - theirs).abs().max().item()
+    print(f'{ids.shape[1]} tokens; largest difference of the logits '
+          f'{difference:.1e}, their spread {theirs.std().item():.2f}')
+    for name, logits in ('here', ours), ('transformers', theirs):
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+        print(f'perplexity, {name}: {loss.exp().item():.5f}')
+    return difference
+
+
 # --- command ---------------------------------------------------------------
 
 
@@ -713,18 +741,22 @@ def main(argv=None):
         description=first, epilog=__doc__[len(first):],
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
-    parts = [
-        ('import', import_model, 'a Hugging Face model into a checkpoint',
-         'HF_NAME_OR_PATH', 'a folder, or a name of the hub'),
-        ('export', export_model, 'a run or checkpoint into a Hugging Face '
-         'folder', 'RUN_OR_CHECKPOINT', 'an out_dir (its newest run), a run '
-         'folder, a checkpoint or an imported folder')]
-    for name, function, what, source, meaning in parts:
+
+    def add(name, function, what, source, meaning):
         command = commands.add_parser(
             name, help=what, description=what[0].upper() + what[1:] + '.',
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(function=function)
         command.add_argument('source', metavar=source, help=meaning)
+        return command
+
+    published = 'HF_NAME_OR_PATH', 'a folder, or a name of the hub'
+    for command in (
+            add('import', import_model, 'a Hugging Face model into a '
+                'checkpoint', *published),
+            add('export', export_model, 'a run or checkpoint into a Hugging '
+                'Face folder', 'RUN_OR_CHECKPOINT', 'an out_dir (its newest '
+                'run), a run folder, a checkpoint or an imported folder')):
         command.add_argument('out', metavar='OUT', help='the folder to write')
         command.add_argument(
             '--dtype', choices=('float32', 'bfloat16', 'float16'),
@@ -735,15 +767,23 @@ def main(argv=None):
         command.add_argument(
             '--overwrite', action='store_true',
             help='replace OUT, if it is a folder of a model')
+    command = add('check', check_model, 'compare logits and perplexity with '
+                  'transformers', *published)
+    command.add_argument('text_file', metavar='TEXT_FILE',
+                         help='a UTF-8 file, whose beginning is scored')
+    command.add_argument('--tokens', type=int, default=1024,
+                         help='so many tokens of it')
     arguments = vars(parser.parse_args(argv))
     function = arguments.pop('function')
     arguments.pop('command')
+    second = 'text_file' if 'text_file' in arguments else 'out'
     try:
-        out = function(arguments.pop('source'), arguments.pop('out'),
-                       **arguments)
+        result = function(arguments.pop('source'), arguments.pop(second),
+                          **arguments)
     except (ValueError, OSError) as error:
         exit_with(error)
-    print(f'written: {out}')
+    if second == 'out':
+        print(f'written: {result}')
 
 
 def _size(text: str) -> str:
