@@ -85,16 +85,19 @@ def check_vocabulary(source: Source, dataset: Dataset):
         folder, _ = find_tokenizer(source)
     except SourceError:
         return  # a model without a tokenizer says nothing of its ids
-    theirs = read_tokenizer(folder, source.config.vocab_size).get_vocab()
+    model = read_tokenizer(folder, source.config.vocab_size)
+    theirs = model.get_vocab()
     ours = read_tokenizer(dataset.tokenizer_folder,
                           dataset.vocab_size).get_vocab()
-    other = [token for token, number in ours.items()
-             if theirs.get(token) != number]
+    # special tokens that the data does without are no difference
+    plain = model.get_vocab(with_added_tokens=False)
+    other = [token for token in ours.keys() | plain.keys()
+             if ours.get(token) != theirs.get(token)]
     if other:
-        token = min(other, key=ours.get)
+        token = min(other)
         raise DatasetError(
             f'{dataset.name} was made with another tokenizer than the model '
-            f'{source.folder}: {len(other):,} of its {len(ours):,} tokens '
-            f'differ, the first, {token!r}, is id {ours[token]} here and '
+            f'{source.folder}: {len(other):,} tokens differ, one of them, '
+            f"{token!r}, is id {ours.get(token, 'absent')} here and "
             f"{theirs.get(token, 'absent')} there; prepare the data with "
             f'--tokenizer {folder}')
