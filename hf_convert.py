@@ -419,10 +419,10 @@ def _listed(what: str, names: list[str]) -> list[str]:
 def state_from_hf(hf_state: dict, config: ModelArchitectureConfig) -> dict:
     """Hugging Face's state dict -> this project's."""
     weights = ImportedWeights(hf_state, config)
-    dtype = next(iter(hf_state.values())).dtype
+    like = next(iter(hf_state.values()))
     state = {}
     for name, shape in weights.shapes.items():
-        state[name] = torch.empty(shape, dtype=dtype)
+        state[name] = like.new_empty(shape)
         weights.read(name, 0, state[name].view(-1))
     return state
 

@@ -21,6 +21,7 @@ from training.flops import GPUS
 from training.planning import print_plan, setting_of
 from training.settings import (
     build_architecture,
+    contradictions,
     resolve_batch,
     vocabulary_without_dataset,
 )
@@ -64,6 +65,9 @@ def planned_setting(argv: list[str], n_gpus: int):
     arguments, on GPUs that need not be there, for data that need not be."""
     schema = read_schema(runpy.run_path(str(TRAIN)), TRAIN)
     options = parse(schema, argv).values
+    problems = contradictions(options)
+    if problems:
+        raise ConfigError(problems)
     try:
         dataset = open_dataset(options['dataset'])
     except DatasetError:

@@ -116,7 +116,7 @@ def test_a_wrong_attention_is_called_out(monkeypatch):
     import model_components
     sdpa = model_components.sdpa_attention
     monkeypatch.setitem(model_components.ATTENTION_BACKENDS, 'sdpa',
-                        lambda q, k, v, dropout: sdpa(1.01 * q, k, v, dropout))
+                        lambda q, k, v, *rest: sdpa(1.01 * q, k, v, *rest))
     _, problems, _ = gpu_suite.attention(smoke=True)
     assert any(p.startswith('attention sdpa is off') for p in problems)
 

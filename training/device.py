@@ -41,7 +41,7 @@ def computing_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
     """(dtype, reason) of the arithmetic that really runs for a request.
 
     PyTorch computes bf16 without a fast kernel on CPUs below AVX-512, up to
-    200 times as slowly as fp32 (RESULTS.md, "bf16 on a CPU").
+    48 times as slowly as fp32 (RESULTS.md, "bf16 on a CPU").
     """
     if (dtype == 'bfloat16' and device.type == 'cpu'
             and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):

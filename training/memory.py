@@ -153,7 +153,7 @@ class _Block(nn.Module):
         return self.block(x, self.rope)
 
 
-def _attention(q, k, v, dropout):
+def _attention(q, k, v, dropout, mask=None):
     """SDPA without what sdpa_attention does for bf16 on a CPU."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(

@@ -43,15 +43,7 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
     device = attempt(resolve_device, options['device'], ranks.local_rank)
     if device is not None and options['compile']:
         attempt(check_compiler, device)
-    if options['use_zero1'] and options['use_fsdp']:
-        problems.append('use_zero1 and use_fsdp exclude each other: FSDP '
-                        'shards the optimizer state too; set one to False')
-    if (options['activation_checkpointing'] == 'full'
-            and options['activation_memory_budget'] < 1):
-        problems.append(
-            f'activation_memory_budget={options["activation_memory_budget"]} '
-            "has no effect with activation_checkpointing='full', which keeps "
-            'no activations: leave one of them out')
+    problems += contradictions(options)
     if options['export_hf_at_end'] and config is not None:
         from hf_convert import config_to_hf  # transformers loads slowly
         attempt(config_to_hf, config)
@@ -80,6 +72,21 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
     plan['eval_bytes'] = options['eval_bytes'] or (
         CPU_EVAL_BYTES if device.type == 'cpu' else EVAL_BYTES)
     return plan
+
+
+def contradictions(options: dict) -> list[str]:
+    """Problems with options that exclude each other."""
+    problems = []
+    if options['use_zero1'] and options['use_fsdp']:
+        problems.append('use_zero1 and use_fsdp exclude each other: FSDP '
+                        'shards the optimizer state too; set one to False')
+    budget = options['activation_memory_budget']
+    if options['activation_checkpointing'] == 'full' and budget < 1:
+        problems.append(
+            f'activation_memory_budget={budget} has no effect with '
+            "activation_checkpointing='full', which keeps no activations: "
+            'leave one of them out, or set the budget to 1')
+    return problems
 
 
 def recomputation(options: dict) -> tuple[str, str]:
