@@ -9,6 +9,6 @@ base = 'config/study.py'
 grid = {'arch_preset': ['gpt2', 'llama2', 'llama3', 'qwen3']}
 weight_tying = True       # 0.4 million parameters more would be half a model
 equal_params = 800_000
-tune = {'learning_rate': [1e-3, 2e-3, 4e-3, 8e-3]}
+tune = {'learning_rate': [5e-4, 1e-3, 2e-3, 4e-3]}
 tune_iters = 400
 seeds = 3
