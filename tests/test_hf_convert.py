@@ -515,6 +515,26 @@ def test_data_of_another_tokenizer(trained, data, go_on, dataset, says):
     assert result.returncode == 2 and says in result.stderr, result.stderr
 
 
+def test_an_export_that_fails_after_training(trained, go_on, tmp_path):
+    """The run is finished all the same; what hf/ holds is not replaced."""
+    assert go_on(f'hf:{trained["qwen3"] / "hf"}').returncode == 0
+    run = newest(tmp_path / 'out')
+    with whole_folder(run / 'hf'):  # as if another process exported it
+        result = go_on('resume', export_hf_at_end=True)
+    assert result.returncode == 1
+    for part in ('training has finished', 'another process',
+                 f'python hf_convert.py export {run} {run / "hf"}'):
+        assert part in result.stderr
+    assert 'Traceback' not in result.stderr
+    end = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert (end['kind'], end['status']) == ('end', 'finished')
+    before = snapshot(run)
+    result = go_on('resume', export_hf_at_end=True)
+    assert result.returncode == 2 and '--export_hf_at_end=False' in (
+        result.stderr)
+    assert snapshot(run) == before
+
+
 # --- the command -------------------------------------------------------------
 
 

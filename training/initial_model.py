@@ -7,9 +7,10 @@ with its tokenizer.
 import json
 from pathlib import Path
 
+from training.checkpoint import on_main
 from training.configurator import ConfigError
 from training.dataset import Dataset, DatasetError
-from training.distributed import all_or_none
+from training.distributed import all_or_none, broadcast_text
 from training.model_source import (
     Source,
     SourceError,
@@ -26,18 +27,23 @@ FREE_FIELDS = ('attention_backend', 'dropout')
 
 def find_published(init_from: str, ranks) -> Source | None:
     """The model that init_from names, if it is one of Hugging Face or an
-    imported one; rank 0 looks first, so that it is fetched once."""
-    def is_imported():
-        try:
-            state = json.loads((Path(init_from) / 'state.json').read_text())
-        except (OSError, ValueError):
-            return False  # what is wrong with a checkpoint is told later
-        return isinstance(state, dict) and 'imported' in state
-
-    if not init_from.startswith(HUB) and not is_imported():
+    imported one, as rank 0 sees it; rank 0 looks first, so that it is fetched
+    once."""
+    named = ranks.is_main and (init_from.startswith(HUB)
+                               or _is_imported(init_from))
+    path = broadcast_text(init_from if named else '')
+    if not path:
         return None
-    all_or_none(lambda: ranks.is_main and find_source(init_from))
-    return all_or_none(lambda: find_source(init_from))
+    on_main(ranks, find_source, path)
+    return all_or_none(find_source, path)
+
+
+def _is_imported(path) -> bool:
+    try:
+        state = json.loads((Path(path) / 'state.json').read_text())
+    except (OSError, ValueError):
+        return False  # what is wrong with a checkpoint is told later
+    return isinstance(state, dict) and 'imported' in state
 
 
 def adopt_architecture(parsed, source: Source):
