@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from running import TINY, newest, read_json, run, snapshot, start, train
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 
-from hf_convert import to_hf
+import sample as sample_script
+from hf_convert import export_model, to_hf
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
+from training.model_source import open_model
 
 
 def samples(output):
@@ -178,6 +180,32 @@ def test_a_folder_of_hugging_face(sample, qwen_run, tmp_path):
     assert sample(tmp_path / 'hf', **options) == sample(qwen_run, **options)
 
 
+def test_a_prompt_begins_as_the_published_model_does(sample, qwen_run,
+                                                     tmp_path):
+    """After the token that its tokenizer puts first, as LLaMA's <s>."""
+    folder = export_model(qwen_run, tmp_path / 'hf')
+    tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    tokenizer.add_special_tokens(['<s>'])
+    start_id = tokenizer.token_to_id('<s>')
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', start_id)])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    weights = load_file(folder / 'model.safetensors')
+    weights['model.embed_tokens.weight'][start_id] *= -100
+    save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
+    ids = tokenizer.encode('def get', add_special_tokens=False).ids
+    begun = {}
+    for first in start_id, 0:
+        drawn = open_model(folder).model.generate(
+            torch.tensor([[first, *ids]]), 8, temperature=0,
+            n_ids=tokenizer.get_vocab_size())[0]
+        begun[first] = tokenizer.decode(drawn[1:].tolist())
+    assert begun[start_id] != begun[0]
+    text, = sample(folder, temperature=0, prompt='def get', num_samples=1,
+                   max_new_tokens=8, stop_at_eot=False)
+    assert text.rstrip('\n') == begun[start_id].rstrip('\n')
+
+
 def data_folder(record):
     return Path(record['dataset']['folder'])
 
@@ -186,6 +214,15 @@ def test_weights_in_bf16(sample, qwen_run):
     options = {'max_new_tokens': 10, 'num_samples': 1, 'temperature': 0}
     text = sample(qwen_run, **options, prompt='def ', dtype='bfloat16')[0]
     assert text.startswith('def ') and len(text) > 8
+
+
+def test_norms_are_not_rounded_to_bf16(qwen_run, monkeypatch):
+    monkeypatch.setattr(sample_script, 'out_dir', qwen_run)
+    monkeypatch.setattr(sample_script, 'dtype', 'bfloat16')
+    found = sample_script.load('cpu').model.ln_f.weight
+    expected = open_model(qwen_run).model.ln_f.weight
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, expected.bfloat16().float())
 
 
 def test_text_comes_token_by_token(qwen_run):

@@ -345,17 +345,6 @@ class Tensors:
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Path, model) -> dict:
-    """The weights of a checkpoint into a model of one process; state.json."""
-    state = verify_checkpoint(checkpoint)
-    tensors = Tensors(checkpoint, state, 'model')
-    check_shapes(checkpoint, model, tensors, state)
-    for name, p in model.named_parameters():
-        tensors.read(name, 0, p.view(-1))
-    return state
-
-
-@torch.no_grad()
 def load_published(tensors, strategy, stop=NO_STOP):
     """Weights from a model that is no checkpoint into this rank's pieces;
     `tensors` is read by name and range, as Tensors are."""

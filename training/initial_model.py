@@ -12,8 +12,8 @@ from training.configurator import ConfigError
 from training.dataset import Dataset, DatasetError
 from training.distributed import all_or_none, broadcast_text
 from training.model_source import (
+    NoTokenizer,
     Source,
-    SourceError,
     find_source,
     find_tokenizer,
     read_tokenizer,
@@ -22,7 +22,7 @@ from training.settings import ARCHITECTURE_OPTIONS
 
 HUB = 'hf:'
 # fields that change no weight and that training may choose
-FREE_FIELDS = ('attention_backend', 'dropout')
+CHOSEN_BY_TRAINING = ('attention_backend', 'dropout')
 
 
 def find_published(init_from: str, ranks) -> Source | None:
@@ -69,7 +69,7 @@ def adopt_architecture(parsed, source: Source):
         if value is None:
             if rotary or name not in ('rope_theta', 'rope_scaling'):
                 parsed.values[name] = model[name]
-        elif (name not in FREE_FIELDS and value != model[name]
+        elif (name not in CHOSEN_BY_TRAINING and value != model[name]
               and not (name == 'block_size' and rotary
                        and value < model[name])):
             problems.append(f'{name}={value!r} contradicts the model, which '
@@ -89,7 +89,7 @@ def check_vocabulary(source: Source, dataset: Dataset):
         return
     try:
         folder, _ = find_tokenizer(source)
-    except SourceError:
+    except NoTokenizer:
         return  # a model without a tokenizer says nothing of its ids
     model = read_tokenizer(folder, source.config.vocab_size)
     theirs = model.get_vocab()
