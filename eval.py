@@ -83,36 +83,31 @@ class Subject:
         return self.opened.source.run
 
     @property
-    def start_id(self) -> int:
-        """What a document begins after: in training the end of the one
-        before; elsewhere what the tokenizer puts first, if anything."""
-        first = [] if self.run else self.opened.tokenizer.encode('').ids
-        return first[0] if first else self.opened.eot_id
-
-    @property
     def window(self) -> int:
         return context or self.opened.model.config.block_size
 
 
 def main():
+    subject, results = None, []
     try:
-        configure(globals(), __file__, spelled_out(sys.argv[1:]))
-        documents = read_documents()
-        if tasks is not None:
-            loaded = load_tasks()
-        subject = load()
-        results = []
-        if dataset is not None or not (documents or tasks):
-            results += keep(subject, [score_dataset(subject)])
-        if documents:
-            results += keep(subject, score_documents(subject, documents))
-        if tasks is not None:
-            results += keep(subject, score_tasks(subject, loaded))
-        if json is not None:
-            write_json(Path(json), [plain(result) for result in results])
+        try:
+            configure(globals(), __file__, spelled_out(sys.argv[1:]))
+            documents = read_documents()
+            if tasks is not None:
+                loaded = load_tasks()
+            subject = load()
+            if dataset is not None or not (documents or tasks):
+                results += labelled(subject, [score_dataset(subject)])
+            if documents:
+                results += labelled(subject,
+                                    score_documents(subject, documents))
+            if tasks is not None:
+                results += labelled(subject, score_tasks(subject, loaded))
+        finally:  # what was found is kept, also where the rest fails
+            status = report(subject, results) if results else 0
     except (ValueError, OSError) as error:
         exit_with(error)
-    print_tables(results)
+    sys.exit(status)
 
 
 def spelled_out(argv: list[str]) -> list[str]:
@@ -148,7 +143,7 @@ def spelled_out(argv: list[str]) -> list[str]:
 
 def load() -> Subject:
     target = resolve_device(device)
-    opened = open_model(out_dir, target)
+    opened = open_model(out_dir, target, needs_text=bool(text or tasks))
     size = opened.model.config.block_size
     if context is not None and context > size:
         raise ValueError(f'context={context} exceeds the block_size={size} of '
@@ -158,18 +153,15 @@ def load() -> Subject:
     return Subject(opened, target, computing_dtype(target, wanted)[0])
 
 
-def keep(subject: Subject, results: list[dict]) -> list[dict]:
-    """The results with what they were found with, also in the run's folder."""
+def labelled(subject: Subject, results: list[dict]) -> list[dict]:
+    """The results with what they were found with."""
     source = subject.opened.source
-    results = [{'kind': result['kind'],
-                'step': source.state['step'] if source.run else None,
-                'model': str(source.folder.resolve()), **result,
-                'dtype': subject.dtype,
-                'device': device_name(subject.device),
-                'commit': source_commit()} for result in results]
-    if source.run:
-        append_results(source.run, results)
-    return results
+    return [{'kind': result['kind'],
+             'step': source.state['step'] if source.run else None,
+             'model': str(source.folder.resolve()), **result,
+             'dtype': subject.dtype,
+             'device': device_name(subject.device),
+             'commit': source_commit()} for result in results]
 
 
 # --- a dataset ---------------------------------------------------------------
@@ -208,10 +200,13 @@ def check_tokenizer(subject: Subject, data):
     else:
         theirs = Tokenizer.from_file(
             str(data.tokenizer_folder / 'tokenizer.json'))
-        same = theirs.get_vocab() == subject.opened.tokenizer.get_vocab()
+        ours = subject.opened.tokenizer
+        same = ours and theirs.get_vocab() == ours.get_vocab()
     if not same:
+        other = ('another tokenizer than' if subject.opened.tokenizer else
+                 'ids that cannot be compared with those of')
         raise ValueError(
-            f'the dataset {data.folder} has another tokenizer than {out_dir}: '
+            f'the dataset {data.folder} has {other} {out_dir}: '
             'its ids mean nothing to this model; evaluate on the text itself '
             'with --text, or make the dataset with the model\'s tokenizer')
 
@@ -270,7 +265,7 @@ def score_documents(subject: Subject, documents) -> list[dict]:
         if not ids:
             raise ValueError(f'{path}: the tokenizer knows nothing of this '
                              'text')
-        ids = np.array([subject.start_id, *ids, subject.opened.eot_id])
+        ids = np.array([subject.opened.start_id, *ids, subject.opened.eot_id])
         nats = stream_nats(
             subject.opened.model, ids, context=size, stride=step,
             batch_size=batch_size, device=subject.device, dtype=subject.dtype,
@@ -302,13 +297,34 @@ def score_tasks(subject: Subject, loaded) -> list[dict]:
     from training.lm_eval_adapter import Adapter, run_tasks
     adapter = Adapter(
         subject.opened.model, subject.opened.tokenizer, eot_id=subject.opened.eot_id,
-        start_id=subject.start_id, special_tokens=subject.run is None,
+        start_id=subject.opened.start_id, special_tokens=subject.run is None,
         max_length=subject.window, batch_size=batch_size,
         device=subject.device, dtype=subject.dtype)
     return run_tasks(adapter, loaded, limit=limit, num_fewshot=num_fewshot)
 
 
 # --- what was found ----------------------------------------------------------
+
+
+def report(subject: Subject, results: list[dict]) -> int:
+    """Print, then write; the exit status, 1 where something is not written."""
+    print_tables(results)
+    status = 0
+
+    def attempt(write, *arguments):
+        nonlocal status
+        try:
+            write(*arguments)
+        except OSError as error:
+            status = 1
+            print(f'warning: these results are printed only: {error}',
+                  file=sys.stderr)
+
+    if subject.run:
+        attempt(append_results, subject.run, results)
+    if json is not None:
+        attempt(write_json, Path(json), [plain(result) for result in results])
+    return status
 
 
 def print_tables(results: list[dict]):

@@ -18,8 +18,10 @@ LLaMA and Qwen3 store q, k, v and gate, up apart.
 import argparse
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -30,9 +32,10 @@ from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig, get_preset_config
 from training.checkpoint import FORMAT_VERSION
 from training.configurator import exit_with
-from training.dataset import open_dataset
 from training.model_card import model_card
 from training.model_source import (
+    NoTokenizer,
+    fill,
     find_source,
     find_tokenizer,
     open_model,
@@ -77,20 +80,13 @@ def from_hf(hf_model, **overrides) -> ConfigurableGPT:
     return model
 
 
-@torch.no_grad()
-def fill(model: ConfigurableGPT, weights):
-    """Read every parameter from `weights`, by name and range."""
-    for name, p in model.named_parameters():
-        weights.read(name, 0, p.view(-1))
-
-
 def to_hf(model: ConfigurableGPT):
     """The transformers model with these weights, in fp32.
 
     Raises ValueError that names the fields no Hugging Face class can express.
     """
     hf_config = config_to_hf(model.config)
-    hf_class = getattr(transformers, CLASSES[hf_config.model_type])
+    hf_class = getattr(transformers, FAMILIES[hf_config.model_type].model)
     hf_model = hf_class(hf_config)
     state = state_to_hf(model.state_dict(), model.config)
     missing, unexpected = hf_model.load_state_dict(state, strict=False)
@@ -108,16 +104,11 @@ def to_hf(model: ConfigurableGPT):
 
 def config_from_hf(hf, **overrides) -> ModelArchitectureConfig:
     """The architecture of a transformers configuration object."""
-    readers = {'gpt2': _gpt2_from_hf, 'llama': _llama_from_hf,
-               'qwen3': _qwen3_from_hf}
-    if hf.model_type not in readers:
-        raise ConversionError(
-            f'model_type={hf.model_type!r} cannot be read; expected one of '
-            f'{", ".join(readers)}')
+    family = family_of(hf.model_type)
     if getattr(hf, 'quantization_config', None):
         raise ConversionError('quantized weights cannot be read: take the '
                               'model as it was before')
-    return get_preset_config(**(readers[hf.model_type](hf) | overrides))
+    return get_preset_config(**(family.read(hf) | overrides))
 
 
 def _activation(name: str) -> str:
@@ -180,22 +171,46 @@ def _rotary_from_hf(hf) -> dict:
         dropout=hf.attention_dropout, weight_tying=hf.tie_word_embeddings)
 
 
+class Family(NamedTuple):
+    """A model_type of Hugging Face: names of transformers' classes, and what
+    reads a configuration as options of get_preset_config."""
+
+    config: str
+    model: str
+    read: Callable
+
+
+FAMILIES = {
+    'gpt2': Family('GPT2Config', 'GPT2LMHeadModel', _gpt2_from_hf),
+    'llama': Family('LlamaConfig', 'LlamaForCausalLM', _llama_from_hf),
+    'qwen3': Family('Qwen3Config', 'Qwen3ForCausalLM', _qwen3_from_hf),
+}
+
+
+def family_of(model_type) -> Family:
+    if model_type not in FAMILIES:
+        raise ConversionError(f'model_type={model_type!r} cannot be read; '
+                              f'expected one of {", ".join(FAMILIES)}')
+    return FAMILIES[model_type]
+
+
 def config_to_hf(config: ModelArchitectureConfig):
     """The transformers configuration of this architecture.
 
     Raises ValueError that names the fields no Hugging Face class can express.
     """
-    families = {
+    problems_of = {
         'gpt2': _gpt2_problems(config),
         'llama': _rotary_problems(config, qk_norm=False),
         'qwen3': _rotary_problems(config, qk_norm=True),
     }
-    family = next((f for f, problems in families.items() if not problems), None)
+    family = next((f for f, problems in problems_of.items() if not problems),
+                  None)
     if family is None:
         raise ConversionError(
             'no Hugging Face class can express this architecture:\n'
             + '\n'.join(f'  as {f}: {", ".join(problems)}'
-                        for f, problems in families.items()))
+                        for f, problems in problems_of.items()))
     if family == 'gpt2':
         return transformers.GPT2Config(
             n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
@@ -206,8 +221,6 @@ def config_to_hf(config: ModelArchitectureConfig):
             embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             tie_word_embeddings=config.weight_tying,
             bos_token_id=None, eos_token_id=None)
-    hf_class = {'llama': transformers.LlamaConfig,
-                'qwen3': transformers.Qwen3Config}[family]
     rope = dict(config.rope_scaling or {'rope_type': 'default'})
     values = dict(
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
@@ -222,7 +235,7 @@ def config_to_hf(config: ModelArchitectureConfig):
         bos_token_id=None, eos_token_id=None)
     if family == 'llama':
         values['mlp_bias'] = config.bias
-    return hf_class(**values)
+    return getattr(transformers, FAMILIES[family].config)(**values)
 
 
 def _differences(config, expected: dict) -> list[str]:
@@ -248,10 +261,7 @@ def _rotary_problems(config, qk_norm: bool) -> list[str]:
 
 
 # --- weights ---------------------------------------------------------------
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM',
-           'qwen3': 'Qwen3ForCausalLM'}
-CONFIGS = {'gpt2': 'GPT2Config', 'llama': 'LlamaConfig',
-           'qwen3': 'Qwen3Config'}
+
 # (this project's name, Hugging Face's name or names that are joined by rows)
 
 GPT2_TOP = [('wte.weight', 'transformer.wte.weight'),
@@ -512,12 +522,9 @@ def read_hf_config(folder):
         raise ConversionError(
             f'{path} is no configuration of a model: '
             f'{type(error).__name__}: {error}') from error
-    if model_type not in CONFIGS:
-        raise ConversionError(
-            f'{folder}: model_type={model_type!r} cannot be read; expected '
-            f'one of {", ".join(CONFIGS)}')
     try:
-        return getattr(transformers, CONFIGS[model_type]).from_dict(values)
+        family = family_of(model_type)
+        return getattr(transformers, family.config).from_dict(values)
     except Exception as error:  # transformers' checks raise several kinds
         raise ConversionError(f'{path}: {error}') from error
 
@@ -611,12 +618,10 @@ def export_model(path, out, *, dtype='float32', max_shard_size='5GB',
     if source.kind == 'huggingface':
         raise ConversionError(f'{path} is a Hugging Face folder already')
     hf_config = config_to_hf(source.config)
-    has_tokenizer = source.kind != 'imported' or (
-        source.state['imported']['tokenizer'] is not None)
-    tokenizer, eot_id = None, None
-    if has_tokenizer and not (source.kind == 'run' and open_dataset(
-            source.record['dataset']['folder']).tokenizer_folder is None):
+    try:
         tokenizer, eot_id = find_tokenizer(source)
+    except NoTokenizer:
+        tokenizer = eot_id = None
     with torch.device('meta'):
         model = ConfigurableGPT(source.config)
     weights = ExportedWeights(open_weights(source, model), source.config)
@@ -698,7 +703,7 @@ def _write_tokenizer(part, folder, source, ids):
 
 def _config_values(hf_config, config, ids: dict, dtype: str) -> dict:
     values = json.loads(hf_config.to_json_string())
-    values |= ids | {'architectures': [CLASSES[hf_config.model_type]],
+    values |= ids | {'architectures': [FAMILIES[hf_config.model_type].model],
                      'dtype': dtype, 'torch_dtype': dtype}
     if config.position_encoding == 'rope':
         # for readers older than transformers 5

@@ -30,7 +30,6 @@ class KVCache:
                  padding: list[int], device):
         self.length = length                  # columns that it can hold
         self.end = 0                          # columns that it holds
-        self.batch_size = len(padding)
         self.padding = None                   # (B, 1) int64
         if any(padding):
             self.padding = torch.tensor(padding, device=device)[:, None]

@@ -24,7 +24,7 @@ from training.configurator import (
     exit_with,
 )
 from training.device import DTYPES, resolve_device
-from training.model_source import open_model
+from training.model_source import OpenModel, open_model
 from training.text_stream import TextStream
 
 # what to sample from
@@ -65,11 +65,10 @@ def main():
             raise ConfigError(['stop: an empty string would end every sample '
                                'at once; leave it out'])
         target = resolve_device(device)
-        found = open_model(out_dir, target, dtype=DTYPES[dtype])
+        found = load(target)
         model, tokenizer, eot_id = found.model, found.tokenizer, found.eot_id
-        if dtype == 'bfloat16':
-            hold_in_bf16(model)
-        prompts = encode(tokenizer, eot_id, texts, model.config.block_size)
+        prompts = encode(tokenizer, found.start_id, texts,
+                         model.config.block_size)
     except ValueError as error:
         exit_with(error)
     # a character that the terminal lacks is no reason to stop
@@ -97,13 +96,21 @@ def main():
           'tokens/s, prompts included', file=sys.stderr)
 
 
+def load(target) -> OpenModel:
+    """The model that out_dir names, with its weights held in `dtype`."""
+    found = open_model(out_dir, target)
+    if dtype == 'bfloat16':
+        hold_in_bf16(found.model)
+    return found
+
+
 class Printer:
     """Prints the samples of a batch in order: the first that has not ended
     as its tokens come, what the others have when it is their turn."""
 
     def __init__(self, tokenizer, batch, first, total, stop, eos_id):
         self.first, self.total, self.eos_id = first, total, eos_id
-        # the end-of-text id that a document begins after is not shown
+        # the id that a document begins after is not shown
         self.streams = [TextStream(tokenizer, ids[1:], stop) for ids in batch]
         self.waiting = [stream.prompt_text for stream in self.streams]
         self.ended = [False] * len(batch)
@@ -177,9 +184,9 @@ def read_prompts() -> list[str]:
     return texts
 
 
-def encode(tokenizer, eot_id, texts, block_size) -> list[list[int]]:
-    """The ids of each prompt, after the end-of-text id that a document begins
-    after in training; a prompt that the model cannot read whole is named."""
+def encode(tokenizer, start_id, texts, block_size) -> list[list[int]]:
+    """The ids of each prompt, after the id that a document begins after in
+    training; a prompt that the model cannot read whole is named."""
     tokenizer.encode_special_tokens = not special_tokens
     prompts = []
     for number, text in enumerate(texts):
@@ -187,7 +194,7 @@ def encode(tokenizer, eot_id, texts, block_size) -> list[list[int]]:
         if len(ids) + 1 > block_size:
             print(f'prompt {number + 1} has {len(ids)} tokens: the model reads '
                   f'the last {block_size}', file=sys.stderr)
-        prompts.append([eot_id, *ids])
+        prompts.append([start_id, *ids])
     return prompts
 
 

@@ -4,8 +4,8 @@ Runs on a CPU, a GPU, or under torchrun on many. A config file sets options,
 the command line overrides them; every start makes a new run folder in out_dir.
 
 Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first. Exit status: 0 finished,
-1 failed while training, 2 wrong options or data, 3 a loss or gradient that is
-not finite, 128 + n stopped by signal n.
+1 failed while training or exporting, 2 wrong options or data, 3 a loss or
+gradient that is not finite, 128 + n stopped by signal n.
 
     python train.py config/quickstart.py --arch_preset=llama3
     torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py \
@@ -221,11 +221,10 @@ def train(job, stop) -> int:
     guard.check()
     if not job.evaluated_at(job.max_iters):  # a signal ended it before
         return stop_early(job, step, stop.agreed(), progress)
-    if export_hf_at_end:
-        progress.say(f'exported: {job.export_hf()}')
+    exported = not export_hf_at_end or job.export_hf(progress.say)
     progress.record('end', step=step, status='finished', reason=None)
     progress.say(f'done: {job.run.folder}')
-    return 0
+    return 0 if exported else 1
 
 
 def prepare_model(job):

@@ -27,12 +27,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.vs_peers import resident  # noqa: E402
 from hf_convert import to_hf  # noqa: E402
 from model_builder import ConfigurableGPT  # noqa: E402
 from model_config import get_preset_config  # noqa: E402
 from model_generation import hold_in_bf16  # noqa: E402
-from training.device import DTYPES, device_name  # noqa: E402
+from training.device import (  # noqa: E402
+    DTYPES,
+    device_name,
+    forget_peak,
+    resident,
+)
 
 # config/full_qwen3_0.6b.py, the official Qwen3-0.6B
 BIG = dict(n_layer=28, n_embd=1024, n_head=16, num_key_value_heads=8,
@@ -145,7 +149,7 @@ def main():
         del model
         gc.collect()
         generate(prompt[:, :2], 2)
-        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+        forget_peak(torch.device('cpu'))
         generate(prompt, 4)
         print(resident('VmHWM'))
         return

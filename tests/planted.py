@@ -9,6 +9,7 @@ training/ know nothing of this file.
 
 import hashlib
 import os
+import pathlib
 import signal
 import time
 
@@ -64,6 +65,19 @@ def signal_in_save(rank, at):
         file, name = at[rank]
         around(checkpoint, 'save_file',
                after=lambda n: n == file and raise_signal(name))
+
+
+def unseen(rank, at):
+    """{rank: path}: a file that a shared file system does not show there."""
+    if rank in at:
+        read = pathlib.Path.read_text
+
+        def read_text(path, *arguments, **named):
+            if str(path) == at[rank]:
+                raise FileNotFoundError(2, 'No such file', str(path))
+            return read(path, *arguments, **named)
+
+        pathlib.Path.read_text = read_text
 
 
 def impatient_in_save(rank, at):

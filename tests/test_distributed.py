@@ -13,6 +13,7 @@ import pytest
 import torch
 from planted import read_batches
 from running import (
+    SYSTEM,
     TINY,
     assert_same_course,
     course,
@@ -23,6 +24,7 @@ from running import (
 )
 from safetensors.torch import load_file
 
+from hf_convert import import_model
 from model_builder import ConfigurableGPT
 from model_config import get_preset_config
 from training.distributed import Ranks
@@ -348,6 +350,58 @@ def test_no_rank_holds_more_than_its_share_of_qwen3(ranks, tied):
     with torch.device('meta'):
         whole = Replicated(model, Ranks(0, 0, ranks), options)
     assert whole.optimizer_bytes == 8 * total
+
+
+# --- a model that rank 0 exports, and all begin from ------------------------
+
+
+@pytest.mark.parametrize('strategy', ['DDP', 'FSDP'])
+def test_the_export_at_the_end(trained, strategy):
+    run = newest(trained('tied', strategy, 2, export_hf_at_end=True))
+    exported = load_file(run / 'hf' / 'model.safetensors')
+    saved = whole_tensors(run / 'checkpoints' / 'latest')
+    assert torch.equal(exported['transformer.wte.weight'].flatten(),
+                       saved['model', 'wte.weight'])
+    assert read_lines(run)[-1]['status'] == 'finished'
+
+
+def begin_from(path, warm_ranks, data, tmp_path, **options):
+    return warm_ranks.run(2, 'train.py', out_dir=tmp_path / 'out', **SYSTEM | {
+        'init_from': path, 'dataset': data / 'small', 'batch_size': 1,
+        'gradient_accumulation_steps': 8, 'max_iters': 1,
+        'eval_bytes': 2000} | options)
+
+
+@pytest.mark.parametrize('use_fsdp', [False, True])
+def test_beginning_from_a_model(warm_ranks, trained, data, tmp_path,
+                                use_fsdp):
+    """Of Hugging Face, and imported: where the exported run ended."""
+    run = newest(trained('tied', 'DDP', 2, export_hf_at_end=True))
+    import_model(run / 'hf', tmp_path / 'imported')
+    last = course(run)['eval', UPDATES]['val_loss']
+    for path in f'hf:{run / "hf"}', tmp_path / 'imported':
+        result = begin_from(path, warm_ranks, data, tmp_path,
+                            use_fsdp=use_fsdp)
+        assert result.statuses == [0, 0], result.err
+        found = course(newest(tmp_path / 'out'))['eval', 0]['val_loss']
+        assert math.isclose(found, last, rel_tol=LOSS_TOLERANCE)
+
+
+def test_a_model_that_cannot_be_begun_from(warm_ranks, trained, data,
+                                           tmp_path):
+    """Contradicting options are told once; where rank 1 does not see the
+    model that rank 0 sees, both end."""
+    run = newest(trained('tied', 'DDP', 2, export_hf_at_end=True))
+    result = begin_from(f'hf:{run / "hf"}', warm_ranks, data, tmp_path,
+                        n_layer=7)
+    assert result.statuses == [2, 2] and result.err[1] == ''
+    assert 'n_layer=7' in result.err[0]
+    state = import_model(run / 'hf', tmp_path / 'imported') / 'state.json'
+    result = begin_from(state.parent, warm_ranks, data, tmp_path, before=(
+        f'import planted\nplanted.unseen(rank, {{1: {str(state)!r}}})'))
+    assert result.statuses == [2, 2] and result.seconds < 60
+    assert str(state) in result.err[1] and result.err[0] == ''
+    assert not (tmp_path / 'out').exists()
 
 
 # --- from one number of ranks and strategy to another ------------------------

@@ -4,9 +4,17 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from running import newest, read_json, read_lines, run, snapshot
+from running import (
+    TINY,
+    newest,
+    read_json,
+    read_lines,
+    run,
+    snapshot,
+)
 
 from hf_convert import to_hf
 from training.dataset import open_dataset
@@ -254,6 +262,52 @@ def test_a_dataset_that_has_changed(evaluate, copied):
     record['dataset']['fingerprint'] = '0' * 64
     (copied / 'run.json').write_text(json.dumps(record))
     assert 'has changed' in evaluate('out', status=2)
+
+
+@pytest.mark.parametrize('taken', ['evals.jsonl', 'all.json'])
+def test_results_that_cannot_be_written_are_printed(tmp_path, warm, copied,
+                                                    taken):
+    (copied / taken).mkdir()
+    result = warm.run('eval.py', 'out', cwd=tmp_path, json=copied / 'all.json')
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    last = [r for r in read_lines(copied) if r['kind'] == 'eval'][-1]
+    assert f"{last['val_bpb']:.4f}" in result.stdout
+    assert 'warning' in result.stderr and taken in result.stderr
+    # the other of the two is there
+    other = {'evals.jsonl', 'all.json'} - {taken}
+    assert (copied / other.pop()).is_file()
+
+
+def test_results_before_an_error_are_kept(tmp_path, evaluate, copied):
+    """Of the dataset, where the tokenizer makes nothing of the text."""
+    record = read_json(copied / 'run.json')
+    (tmp_path / 'text').write_text('def')
+    error = evaluate('out', '--dataset', record['dataset']['folder'],
+                     '--text', 'text', '--stride', 99, status=2)
+    assert 'stride=99' in error
+    assert [r['kind'] for r in results_of(copied)] == ['validation']
+
+
+def test_a_run_on_ids_alone(tmp_path, evaluate, warm):
+    """nanoGPT's format has no tokenizer: its own dataset needs none."""
+    (tmp_path / 'ids').mkdir()
+    for split in 'train', 'val':
+        (np.arange(400) % 50).astype(np.uint16).tofile(
+            tmp_path / 'ids' / f'{split}.bin')
+    result = warm.run('train.py', cwd=tmp_path, out_dir='ids_run', **TINY | {
+        'dataset': tmp_path / 'ids', 'vocab_size': 50304, 'max_iters': 1})
+    assert result.returncode == 0, result.stderr
+    run_folder = newest(tmp_path / 'ids_run')
+    last = [r for r in read_lines(run_folder) if r['kind'] == 'eval'][-1]
+    evaluate('ids_run')
+    result, = results_of(run_folder)
+    assert result['loss'] == pytest.approx(last['val_loss'], abs=1e-6)
+    assert result['bpb'] is None
+    (tmp_path / 'text').write_text('def')
+    for arguments in ('--text', 'text'), ('--dataset', 'ids', '--text',
+                                          'text'):
+        error = evaluate('ids_run', *arguments, status=2)
+        assert 'no tokenizer' in error
 
 
 def test_without_lm_eval(tmp_path, copied):

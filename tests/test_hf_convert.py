@@ -139,6 +139,16 @@ def test_model_card_and_configs(trained, tmp_path):
                      SINGLE, 'tokenizer.json', 'tokenizer_config.json'}
 
 
+@pytest.mark.parametrize('init_from, told', [
+    ('scratch', False), ('auto', False), ('hf:some/model', True)])
+def test_model_card_says_what_was_begun_from(trained, tmp_path, init_from,
+                                             told):
+    run = changed_record(trained['gpt2'], tmp_path, lambda record: record[
+        'options'].update(init_from=init_from))
+    card = (export_model(run, tmp_path / 'hf') / 'README.md').read_text()
+    assert ('begun from' in card) == told
+
+
 @pytest.mark.parametrize('preset', ['gpt2', 'llama3'])
 def test_check_against_transformers(trained, tmp_path, capsys, preset):
     (tmp_path / 'text').write_text(TEXT)
@@ -352,6 +362,29 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, trained, data):
         open_model(folder)
 
 
+def changed_record(run, tmp_path, change):
+    """A copy of the run, with `change` made to its run.json."""
+    run = shutil.copytree(run, tmp_path / run.name, symlinks=True)
+    record = read_json(run / 'run.json')
+    change(record)
+    (run / 'run.json').write_text(json.dumps(record))
+    return run
+
+
+def test_a_dataset_with_another_tokenizer_since(trained, tmp_path, data):
+    """The ids of the run would be other text."""
+    run = changed_record(trained['gpt2'], tmp_path, lambda record: record[
+        'dataset'].update(folder=str(data / 'coarse')))
+    with pytest.raises(SourceError, match='another tokenizer') as caught:
+        open_model(run)
+    for name in 'small', 'coarse':
+        sha256 = read_json(data / name / 'meta.json')['tokenizer']['sha256']
+        assert f'{name}, ' in str(caught.value)
+        assert sha256 in str(caught.value)
+    with pytest.raises(SourceError, match='another tokenizer'):
+        export_model(run, tmp_path / 'hf')
+
+
 # --- what is written ---------------------------------------------------------
 
 
@@ -395,12 +428,26 @@ def test_values_beyond_float16_are_refused(trained, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {'hf', 'back'}
 
 
-def test_two_writers_of_one_folder(tmp_path):
-    with whole_folder(tmp_path / 'out'):
+def test_two_writers_of_one_folder(tmp_path, monkeypatch):
+    """The second is refused up to the moment when the folder is there."""
+    rename, tried = os.rename, []
+
+    def second_writer():
         with pytest.raises(OutputError, match='another process'):
             with whole_folder(tmp_path / 'out'):
                 pass
+
+    def second_writer_before(*paths):
+        tried.append(second_writer())
+        rename(*paths)
+
+    with whole_folder(tmp_path / 'out') as part:
+        second_writer()
+        (part / 'config.json').write_text('{}')
+        monkeypatch.setattr(os, 'rename', second_writer_before)
+    assert len(tried) == 1
     assert [p.name for p in tmp_path.iterdir()] == ['out']
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['config.json']
 
 
 KILL = '''
@@ -513,6 +560,26 @@ def test_options_that_contradict_the_model(trained, tmp_path, go_on):
 def test_data_of_another_tokenizer(trained, data, go_on, dataset, says):
     result = go_on(f'hf:{trained["llama2"] / "hf"}', dataset=data / dataset)
     assert result.returncode == 2 and says in result.stderr, result.stderr
+
+
+def test_an_export_that_fails_after_training(trained, go_on, tmp_path):
+    """The run is finished all the same; what hf/ holds is not replaced."""
+    assert go_on(f'hf:{trained["qwen3"] / "hf"}').returncode == 0
+    run = newest(tmp_path / 'out')
+    with whole_folder(run / 'hf'):  # as if another process exported it
+        result = go_on('resume', export_hf_at_end=True)
+    assert result.returncode == 1
+    for part in ('training has finished', 'another process',
+                 f'python hf_convert.py export {run} {run / "hf"}'):
+        assert part in result.stderr
+    assert 'Traceback' not in result.stderr
+    end = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert (end['kind'], end['status']) == ('end', 'finished')
+    before = snapshot(run)
+    result = go_on('resume', export_hf_at_end=True)
+    assert result.returncode == 2 and '--export_hf_at_end=False' in (
+        result.stderr)
+    assert snapshot(run) == before
 
 
 # --- the command -------------------------------------------------------------

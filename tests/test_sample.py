@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from running import TINY, newest, read_json, run, snapshot, start, train
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 
-from hf_convert import to_hf
+import sample as sample_script
+from hf_convert import export_model, to_hf
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
+from training.model_source import open_model
 
 
 def samples(output):
@@ -178,6 +180,27 @@ def test_a_folder_of_hugging_face(sample, qwen_run, tmp_path):
     assert sample(tmp_path / 'hf', **options) == sample(qwen_run, **options)
 
 
+def test_a_prompt_begins_as_the_published_model_does(sample, qwen_run,
+                                                     tmp_path):
+    """After the token that its tokenizer puts first, as LLaMA's <s>."""
+    folder = export_model(qwen_run, tmp_path / 'hf')
+    tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    tokenizer.add_special_tokens(['<s>'])
+    start_id = tokenizer.token_to_id('<s>')
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', start_id)])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    weights = load_file(folder / 'model.safetensors')
+    # it alone is followed by a Z
+    first = weights['model.embed_tokens.weight'][start_id]
+    first *= 1000  # beside it, what the layers add is little
+    weights['lm_head.weight'][tokenizer.token_to_id('Z')] = first
+    save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
+    options = {'temperature': 0, 'num_samples': 1, 'max_new_tokens': 1}
+    assert sample(folder, **options) == ['Z\n']
+    assert sample(qwen_run, **options) != ['Z\n']
+
+
 def data_folder(record):
     return Path(record['dataset']['folder'])
 
@@ -186,6 +209,15 @@ def test_weights_in_bf16(sample, qwen_run):
     options = {'max_new_tokens': 10, 'num_samples': 1, 'temperature': 0}
     text = sample(qwen_run, **options, prompt='def ', dtype='bfloat16')[0]
     assert text.startswith('def ') and len(text) > 8
+
+
+def test_norms_are_not_rounded_to_bf16(qwen_run, monkeypatch):
+    monkeypatch.setattr(sample_script, 'out_dir', qwen_run)
+    monkeypatch.setattr(sample_script, 'dtype', 'bfloat16')
+    found = sample_script.load('cpu').model.ln_f.weight
+    expected = open_model(qwen_run).model.ln_f.weight
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, expected.bfloat16().float())
 
 
 def test_text_comes_token_by_token(qwen_run):

@@ -7,12 +7,13 @@ with its tokenizer.
 import json
 from pathlib import Path
 
+from training.checkpoint import on_main
 from training.configurator import ConfigError
 from training.dataset import Dataset, DatasetError
-from training.distributed import all_or_none
+from training.distributed import all_or_none, broadcast_text
 from training.model_source import (
+    NoTokenizer,
     Source,
-    SourceError,
     find_source,
     find_tokenizer,
     read_tokenizer,
@@ -21,23 +22,28 @@ from training.settings import ARCHITECTURE_OPTIONS
 
 HUB = 'hf:'
 # fields that change no weight and that training may choose
-FREE_FIELDS = ('attention_backend', 'dropout')
+CHOSEN_BY_TRAINING = ('attention_backend', 'dropout')
 
 
 def find_published(init_from: str, ranks) -> Source | None:
     """The model that init_from names, if it is one of Hugging Face or an
-    imported one; rank 0 looks first, so that it is fetched once."""
-    def is_imported():
-        try:
-            state = json.loads((Path(init_from) / 'state.json').read_text())
-        except (OSError, ValueError):
-            return False  # what is wrong with a checkpoint is told later
-        return isinstance(state, dict) and 'imported' in state
-
-    if not init_from.startswith(HUB) and not is_imported():
+    imported one, as rank 0 sees it; rank 0 looks first, so that it is fetched
+    once."""
+    named = ranks.is_main and (init_from.startswith(HUB)
+                               or _is_imported(init_from))
+    path = broadcast_text(init_from if named else '')
+    if not path:
         return None
-    all_or_none(lambda: ranks.is_main and find_source(init_from))
-    return all_or_none(lambda: find_source(init_from))
+    on_main(ranks, find_source, path)
+    return all_or_none(find_source, path)
+
+
+def _is_imported(path) -> bool:
+    try:
+        state = json.loads((Path(path) / 'state.json').read_text())
+    except (OSError, ValueError):
+        return False  # what is wrong with a checkpoint is told later
+    return isinstance(state, dict) and 'imported' in state
 
 
 def adopt_architecture(parsed, source: Source):
@@ -63,7 +69,7 @@ def adopt_architecture(parsed, source: Source):
         if value is None:
             if rotary or name not in ('rope_theta', 'rope_scaling'):
                 parsed.values[name] = model[name]
-        elif (name not in FREE_FIELDS and value != model[name]
+        elif (name not in CHOSEN_BY_TRAINING and value != model[name]
               and not (name == 'block_size' and rotary
                        and value < model[name])):
             problems.append(f'{name}={value!r} contradicts the model, which '
@@ -83,7 +89,7 @@ def check_vocabulary(source: Source, dataset: Dataset):
         return
     try:
         folder, _ = find_tokenizer(source)
-    except SourceError:
+    except NoTokenizer:
         return  # a model without a tokenizer says nothing of its ids
     model = read_tokenizer(folder, source.config.vocab_size)
     theirs = model.get_vocab()

@@ -26,7 +26,8 @@ def model_card(source, name: str, parameters: int, dtype: str) -> str:
             ('bits per byte', _bits_per_byte(source)),
             ('run', record['run_id']),
             ('commit', record['commit'] or 'not recorded')]
-        if record['options']['init_from'] != 'scratch':
+        # what auto resumes is this run itself
+        if record['options']['init_from'] not in ('scratch', 'auto'):
             rows.append(('begun from', record['options']['init_from']))
         made = ('\nMade with\n\n    python ' + ' '.join(record['command'])
                 + '\n')

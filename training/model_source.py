@@ -24,12 +24,16 @@ from training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from training.dataset import DatasetError, open_dataset
+from training.dataset import open_dataset
 from training.run_log import RunError, read_record, resolve_run
 
 
 class SourceError(ValueError):
     """A path that names no model, or one without what is asked for."""
+
+
+class NoTokenizer(SourceError):
+    """A model without a tokenizer: its ids cannot be read as text."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +54,38 @@ class Source:
 @dataclass(frozen=True)
 class OpenModel:
     model: ConfigurableGPT  # in evaluation mode, on the device asked for
-    tokenizer: Tokenizer
-    eot_id: int             # ends a document
+    tokenizer: Tokenizer | None  # None: the model has none
+    eot_id: int | None      # ends a document; None without a tokenizer
     source: Source
 
+    @property
+    def start_id(self) -> int:
+        """What a document begins after: in training the end of the one
+        before; elsewhere what the tokenizer puts first, if anything."""
+        first = [] if self.source.run else self.tokenizer.encode('').ids
+        return first[0] if first else self.eot_id
 
-def open_model(path, device='cpu', *, dtype=torch.float32,
+
+def open_model(path, device='cpu', *, needs_text=True,
                **overrides) -> OpenModel:
-    """The model that `path` names, with weights in `dtype`.
+    """The model that `path` names, with weights in float32.
 
-    `overrides` are fields of the architecture that do not change the weights,
-    e.g. attention_backend='sdpa'. Raises ValueError (SourceError, RunError,
+    With `needs_text`, one without a tokenizer is an error. `overrides` are
+    fields of the architecture that do not change the weights, e.g.
+    attention_backend='sdpa'. Raises ValueError (SourceError, RunError,
     CheckpointError, DatasetError, ConversionError, TensorFileError) that says
     what is absent, damaged or does not fit.
     """
     source = find_source(path, **overrides)
-    folder, eot_id = find_tokenizer(source)  # before much is read
-    tokenizer = read_tokenizer(folder, source.config.vocab_size)
-    model = build_empty(source.config, device, dtype)
-    weights = open_weights(source, model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            weights.read(name, 0, p.view(-1))
+    try:  # before much is read
+        folder, eot_id = find_tokenizer(source)
+        tokenizer = read_tokenizer(folder, source.config.vocab_size)
+    except NoTokenizer:
+        if needs_text:
+            raise
+        tokenizer = eot_id = None
+    model = build_empty(source.config, device)
+    fill(model, open_weights(source, model))
     return OpenModel(model.eval(), tokenizer, eot_id, source)
 
 
@@ -116,14 +130,25 @@ def open_weights(source: Source, model):
     return tensors
 
 
+@torch.no_grad()
+def fill(model: ConfigurableGPT, weights):
+    """Read every parameter from `weights`, by name and range."""
+    for name, p in model.named_parameters():
+        weights.read(name, 0, p.view(-1))
+
+
 def find_tokenizer(source: Source) -> tuple[Path, int]:
-    """(the folder with its tokenizer.json, the id that ends a document)."""
+    """(the folder with its tokenizer.json, the id that ends a document).
+
+    Raises NoTokenizer, and SourceError where a run's dataset has another
+    tokenizer by now.
+    """
     if source.kind == 'huggingface':
         import hf_convert
         folder = source.folder
         path = folder / 'tokenizer.json'
         if not path.exists():
-            raise SourceError(
+            raise NoTokenizer(
                 f'{folder} has no tokenizer.json; make one with '
                 'transformers: AutoTokenizer.from_pretrained(...)'
                 '.save_pretrained(...)')
@@ -133,18 +158,26 @@ def find_tokenizer(source: Source) -> tuple[Path, int]:
     elif source.kind == 'imported':
         record = source.state['imported']['tokenizer']
         if record is None:
-            raise SourceError(f'{source.folder} was imported from a model '
+            raise NoTokenizer(f'{source.folder} was imported from a model '
                               'without a tokenizer')
         folder, eot_id = source.folder / record['path'], record['eot_id']
     else:
-        data = open_dataset(source.record['dataset']['folder'])
+        recorded = source.record['dataset']
+        data = open_dataset(recorded['folder'])
         if data.tokenizer_folder is None:
-            raise DatasetError(
+            raise NoTokenizer(
                 f'the dataset {data.folder} has no tokenizer, so that its '
                 'ids cannot be read as text')
+        was, now = recorded['tokenizer'], data.meta['tokenizer']
+        if was['sha256'] != now['sha256']:
+            raise SourceError(
+                f'the dataset {data.folder} has another tokenizer than when '
+                f'{source.run} was trained on it: {now["name"]}, SHA-256 '
+                f'{now["sha256"]}; then {was["name"]}, {was["sha256"]}: put '
+                'the dataset of the run back there')
         folder, eot_id = data.tokenizer_folder, data.eot_id
     if eot_id is None:
-        raise SourceError(
+        raise NoTokenizer(
             f'nothing tells which id ends a document in {folder}: set '
             'eos_token_id in its config.json')
     return folder, eot_id
@@ -168,14 +201,14 @@ def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_empty(config, device, dtype=torch.float32) -> ConfigurableGPT:
+def build_empty(config, device) -> ConfigurableGPT:
     """A model whose weights are yet to be filled in: drawing 0.6 billion
     numbers takes ten seconds."""
     with torch.device('meta'):
         model = ConfigurableGPT(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
     if config.weight_tying:
         model.lm_head.weight = model.wte.weight
-    rope = build_rope(config)  # its tables are no weights, and stay fp32
+    rope = build_rope(config)  # its tables are no weights
     model.rope = None if rope is None else rope.to(device)
     return model

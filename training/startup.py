@@ -7,7 +7,6 @@ fit.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -66,6 +65,7 @@ from training.strategies import Replicated, build_strategy
 # with other values of these, init_from='auto' goes on with a run all the same
 FREE_OPTIONS = ('init_from', 'dist_timeout_s', 'step_timeout_s', 'profile',
                 'dry_run')
+HF_FOLDER = 'hf'  # of a run, for export_hf_at_end
 
 
 @dataclasses.dataclass
@@ -124,15 +124,28 @@ class Job:
                         keep=self.options['keep_checkpoints'])
         self.saved_step = step
 
-    def export_hf(self) -> Path:
-        """The last checkpoint into hf/ of the run folder, by rank 0."""
+    def export_hf(self, say) -> bool:
+        """The last checkpoint into hf/ of the run folder, by rank 0.
+
+        False where that fails, which is no fault of the training; `say` is
+        called with what was written, stderr has what was not.
+        """
         from hf_convert import export_model
         self.expect_delays()
-        folder = self.run.folder / 'hf'
-        on_main(self.ranks, functools.partial(
-            export_model, self.run.folder / 'checkpoints'
-            / f'step_{self.max_iters:08d}', folder, overwrite=True))
-        return folder
+        run, folder = self.run.folder, self.run.folder / HF_FOLDER
+        try:
+            on_main(self.ranks, export_model, run / 'checkpoints'
+                    / f'step_{self.max_iters:08d}', folder)
+        except OtherRankFailed:
+            return False
+        except (ValueError, OSError) as error:
+            print('error: training has finished and its checkpoint is saved, '
+                  f'but the export to {folder} failed: {error}\nOnce this is '
+                  f'mended: python hf_convert.py export {run} {folder}',
+                  file=sys.stderr)
+            return False
+        say(f'exported: {folder}')
+        return True
 
     def __enter__(self):
         return self
@@ -170,7 +183,7 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     published = None if resumed else find_published(
         parsed.values['init_from'], ranks)
     if published is not None:
-        adopt_architecture(parsed, published)
+        all_or_none(adopt_architecture, parsed, published)
         namespace.update(parsed.values)
     options = parsed.values
 
@@ -185,6 +198,7 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         record = make_record(parsed, plan, dataset, eval_set, argv, ranks)
         if resumed:
             compare_with_record(read_record(resumed), record)
+            check_export(options, resumed)
         return dataset, plan, eval_set, record
 
     dataset, plan, eval_set, record = all_or_none(check)
@@ -226,7 +240,8 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
                                 with_optimizer=bool(resumed), stop=stop)
         start_step = state['step'] if resumed else 0
     elif published is not None:
-        load_published(open_weights(published, model), strategy, stop)
+        load_published(all_or_none(open_weights, published, model), strategy,
+                       stop)
 
     # the run folder comes last: what failed above has written nothing
     run, records = open_run(resumed, start_step, parsed, record, ranks)
@@ -305,6 +320,15 @@ def recorded_options(run: Path, parsed) -> dict:
     `--init_from=resume --out_dir=...` alone continues it as it was."""
     return {k: v for k, v in read_record(run)['options'].items()
             if k in parsed.values and k not in ('init_from', 'out_dir')}
+
+
+def check_export(options: dict, run: Path):
+    """ConfigError where the export at the end would find its place taken."""
+    folder = run / HF_FOLDER
+    if options['export_hf_at_end'] and folder.exists():
+        raise ConfigError([
+            f'export_hf_at_end=True: {folder} exists and is not overwritten; '
+            'move it away, or give --export_hf_at_end=False'])
 
 
 def unfinished_run(options: dict) -> Path | None:

@@ -138,10 +138,6 @@ class FolderTensors:
         with safe_open(self.folder / self._files[name], 'pt') as file:
             return file.get_tensor(name)
 
-    def get_range(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Elements start..end of the flattened tensor, 1-D."""
-        return self[name].view(-1)[start:end]
-
 
 def not_finite(name: str, tensor: torch.Tensor) -> str | None:
     """What is wrong with a tensor that holds NaN or infinity."""

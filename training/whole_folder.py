@@ -47,11 +47,12 @@ def whole_folder(out, overwrite: bool = False):
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        (part / 'lock').unlink()
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(out, old)
         os.rename(part, out)
+        # not before: another writer would take the folder as left by a kill
+        (out / 'lock').unlink()
         fsync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
 
