@@ -43,7 +43,7 @@ RULES = [
     # hours, or the hub; train.py's own checks of options and architecture
     (r'python data/.*slimpajama', 'options'),
     (r'(python|torchrun .*) ?train.py .*(config/full_|out-qwen3)', 'planned'),
-    (r'.*(hf:|Qwen/|out-qwen3|openai-community)', 'options'),
+    (r'.*(hf:|Qwen/|out-qwen3|openai-community|--tasks)', 'options'),
     (r'python train.py config/\.\.\.', 'options'),
     (r'.*\b(PATH|NAME|CONFIG|FILES?|DIR|RUN|OUT)\b', 'options'),
     # what the tests themselves are, or what measures for minutes
@@ -285,6 +285,7 @@ def project(tmp_path_factory, warm, qwen3_folder):
     for name in 'out-a', 'out-b':
         project.run(f'python train.py config/quickstart.py --out_dir={name}',
                     'short')
+    project.run('python hf_convert.py export out-quickstart my-model')
     return project
 
 
