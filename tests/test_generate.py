@@ -290,6 +290,7 @@ def test_what_may_begin_a_stop_string_is_held(tokenizer):
 # --- the benchmark ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_benchmark_runs():
     result = run('benchmarks/generation_speed.py', '--smoke',

@@ -61,6 +61,7 @@ def smoke(bare, tmp_path_factory):
     return json.loads((folder / 'all.json').read_text()), out, seconds
 
 
+@pytest.mark.slow
 def test_every_part_has_numbers(smoke):
     found, _, processor_s = smoke
     assert processor_s < 60
@@ -79,6 +80,7 @@ def test_every_part_has_numbers(smoke):
     assert does_not['error'] == 'out of memory'
 
 
+@pytest.mark.slow
 def test_parts_of_the_time(smoke):
     """The shares of bench.py add up, and each part of a step takes time."""
     split = smoke[0]['sweep']['numbers'][0]['split']
@@ -87,6 +89,7 @@ def test_parts_of_the_time(smoke):
                                         'loader')) > 0
 
 
+@pytest.mark.slow
 def test_the_entry_is_the_newest(smoke):
     _, out, _ = smoke
     head, new, old = out.read_text().split('\n## ')
