@@ -45,15 +45,19 @@ def test_reproducible_by_seed(sample, gpt2_run):
     assert sample(gpt2_run, **options, seed=2) != first
 
 
+def hf_model_of(run):
+    """transformers' model with the weights of a run."""
+    model = ConfigurableGPT(ModelArchitectureConfig.from_dict(
+        read_json(run / 'run.json')['architecture']))
+    model.load_state_dict(
+        load_file(run / 'checkpoints' / 'latest' / 'model.safetensors'),
+        strict=False)
+    return to_hf(model)
+
+
 def test_temperature_0_takes_the_likeliest(sample, qwen_run):
     """Also beyond block_size, against transformers' logits."""
-    record = read_json(qwen_run / 'run.json')
-    model = ConfigurableGPT(
-        ModelArchitectureConfig.from_dict(record['architecture']))
-    model.load_state_dict(load_file(
-        qwen_run / 'checkpoints' / 'latest' / 'model.safetensors'),
-        strict=False)
-    model = to_hf(model)
+    record, model = read_json(qwen_run / 'run.json'), hf_model_of(qwen_run)
     tokenizer = Tokenizer.from_file(
         f"{record['dataset']['folder']}/tokenizer/tokenizer.json")
     ids = [0, *tokenizer.encode('def get').ids]  # it begins a document
@@ -165,13 +169,7 @@ def test_a_prompt_beyond_the_context_is_named(warm, gpt2_run, tmp_path):
 
 def test_a_folder_of_hugging_face(sample, qwen_run, tmp_path):
     """What transformers saves is read as the run is."""
-    record = read_json(qwen_run / 'run.json')
-    model = ConfigurableGPT(
-        ModelArchitectureConfig.from_dict(record['architecture']))
-    model.load_state_dict(load_file(
-        qwen_run / 'checkpoints' / 'latest' / 'model.safetensors'),
-        strict=False)
-    hf = to_hf(model)
+    record, hf = read_json(qwen_run / 'run.json'), hf_model_of(qwen_run)
     hf.config.eos_token_id = 0
     hf.save_pretrained(tmp_path / 'hf')
     for path in (data_folder(record) / 'tokenizer').iterdir():

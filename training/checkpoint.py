@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from training.distributed import OtherRankFailed, Ranks, all_or_none
-from training.run_log import point_to, write_json
+from training.run_log import fsync, point_to, write_json
 from training.stop_signals import NO_STOP
 from training.strategies import MOMENTS
 from training.tensor_files import not_finite
@@ -96,13 +96,13 @@ def _write(folder: Path, final: Path, strategy, step: int, val_loss):
             'val_loss': val_loss, 'world_size': ranks.world_size,
             'optimizer_steps': strategy.optimizer_steps,
             'architecture': strategy.model.config.to_dict(), 'files': files})
-        _fsync(part)
+        fsync(part)
         if final.exists():  # damaged, and trained again from one before
             os.rename(final, folder / f'.{final.name}.old.part')
         os.rename(part, final)
-        _fsync(folder)
+        fsync(folder)
         point_to(folder / 'latest', final.name)
-        _fsync(folder)
+        fsync(folder)
 
     on_main(ranks, begin)
     all_or_none(_write_share, part, strategy)
@@ -152,7 +152,7 @@ def _write_share(part: Path, strategy):
                       part / name)
         except SafetensorError as error:  # a full disk
             raise OSError(f'{part / name} cannot be written: {error}') from error
-        _fsync(part / name)
+        fsync(part / name)
         files[name] = {'bytes': (part / name).stat().st_size,
                        'sha256': _sha256(part / name)}
     write_json(part / f'{ranks.rank:05d}.files.json', files)
@@ -416,11 +416,3 @@ def check_shapes(checkpoint, model, tensors: Tensors, state: dict):
 def _sha256(path: Path) -> str:
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def _fsync(path: Path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -154,6 +154,15 @@ def naming(path: Path):
         raise
 
 
+def fsync(path: Path):
+    """Make a file's content, or the renames in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_json(path: Path, value):
     write_whole(path, json.dumps(value, indent=2) + '\n')
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from training.run_log import RunError, hold_lock, naming
+from training.run_log import RunError, fsync, hold_lock, naming
 
 OURS = ('config.json', 'state.json')  # what a folder of a model has
 
@@ -75,11 +75,3 @@ def write_bytes(path: Path, content: bytes):
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def fsync(folder: Path):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
