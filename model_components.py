@@ -215,6 +215,10 @@ ATTENTION_BACKENDS = {
 }
 
 
+# looked up once: torch.compile does not trace the search for a package
+FLASH_ATTN_INSTALLED = importlib.util.find_spec('flash_attn') is not None
+
+
 def attention_in_use(backend: str, device_type: str,
                      dtype: torch.dtype) -> tuple[str, str]:
     """(name, reason) of the attention that really runs for a request."""
@@ -224,7 +228,7 @@ def attention_in_use(backend: str, device_type: str,
         return 'sdpa', f'flash-attn does not run on {device_type}'
     if dtype not in (torch.bfloat16, torch.float16):
         return 'sdpa', 'flash-attn computes in 16 bit only'
-    if importlib.util.find_spec('flash_attn') is None:
+    if not FLASH_ATTN_INSTALLED:
         return 'sdpa', 'the flash-attn package is not installed'
     return backend, 'as configured'
 
@@ -375,6 +379,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_w and x.dtype == torch.float32:
                 torch.addmm(dw, grad.t(), x[rows], beta=float(start > 0),
                             out=dw)
+            elif needs_w and x.is_cuda:
+                # the product is added up in fp32 where it is computed
+                torch.addmm(dw, grad.t(), x[rows], beta=float(start > 0),
+                            out_dtype=torch.float32, out=dw)
             elif needs_w:
                 product = grad.t() @ x[rows]
                 dw.add_(product) if start else dw.copy_(product)

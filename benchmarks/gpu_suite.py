@@ -1,7 +1,7 @@
 """What one GPU does with this project: is it right, how fast, how much memory.
 
-Five parts: equality with transformers in bf16, attention backends, FSDP2, a
-short training run, and a sweep of full models over micro-batches and
+Five parts: equality with transformers in bf16, attention backends, strategies,
+a short training run, and a sweep of full models over micro-batches and
 recomputation. Each, and each model of the sweep, is a process of its own with a
 limit of time. What does not fit in memory is a row; what there is no time
 for is left out and named. A dated entry goes to the head of RESULTS.md. Exit
@@ -221,36 +221,39 @@ def time_of(function, device, rounds):
     return sorted(times[2:])[rounds // 2]
 
 
-# --- FSDP2 -------------------------------------------------------------------
+# --- strategies --------------------------------------------------------------
 
-FSDP_TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-2}
+STRATEGY_TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-2}
 
 
-def fsdp(smoke):
-    """Ten updates under FSDP2 on one device against ten without it."""
+def strategies(smoke):
+    """Ten updates under ZeRO-1 and FSDP2 on one device against ten without."""
     import torch.distributed as dist
 
-    from training.strategies import FSDP, Replicated
+    from training.strategies import FSDP, Replicated, Zero1
     device = device_of(smoke)
     dist.init_process_group('gloo' if smoke else 'nccl',
                             store=dist.HashStore(), rank=0, world_size=1)
-    lines = table('dtype', 'last loss', 'under FSDP2', 'losses differ by')
+    lines = table('strategy', 'dtype', 'last loss', 'without it',
+                  'losses differ by')
     problems, numbers = [], {}
-    for dtype, tolerance in FSDP_TOLERANCE.items():
+    for dtype, tolerance in STRATEGY_TOLERANCE.items():
         if computing_dtype(device, dtype)[0] != dtype:
             continue
         plain = ten_losses(Replicated, device, dtype, smoke)
-        sharded = ten_losses(
-            functools.partial(FSDP, dtype=dtype, device=device,
-                              reshard_after_forward=False),
-            device, dtype, smoke)
-        apart = max(abs(a - b) / a for a, b in zip(plain, sharded))
-        numbers[dtype] = apart
-        lines.append(row(dtype, f'{plain[-1]:.4f}', f'{sharded[-1]:.4f}',
-                         f'{apart:.1e}'))
-        if not (apart < tolerance and plain[-1] < plain[0]):
-            problems.append(f'FSDP2 in {dtype}: losses {sharded}, without it '
-                            f'{plain}')
+        for name, build in (
+                ('ZeRO-1', Zero1),
+                ('FSDP2', functools.partial(FSDP, dtype=dtype, device=device,
+                                            reshard_after_forward=False))):
+            sharded = ten_losses(build, device, dtype, smoke)
+            apart = max(abs(a - b) / a
+                        for a, b in zip(plain, sharded, strict=True))
+            numbers[f'{name}, {dtype}'] = apart
+            lines.append(row(name, dtype, f'{sharded[-1]:.4f}',
+                             f'{plain[-1]:.4f}', f'{apart:.1e}'))
+            if not (apart < tolerance and plain[-1] < plain[0]):
+                problems.append(f'{name} in {dtype}: losses {sharded}, '
+                                f'without it {plain}')
     dist.destroy_process_group()
     return lines, problems, numbers
 
@@ -449,12 +452,12 @@ def run_bench(arguments, limit, smoke):
 # --- running the parts -------------------------------------------------------
 
 # seconds that each may take; the last two start their own processes
-PARTS = {'parity': 80, 'attention': 60, 'fsdp': 60, 'training': None,
+PARTS = {'parity': 80, 'attention': 60, 'strategies': 60, 'training': None,
          'sweep': None}
 TITLES = {
     'parity': 'Equality with transformers',
     'attention': 'Attention',
-    'fsdp': 'FSDP2 on one device',
+    'strategies': 'ZeRO-1 and FSDP2 on one device',
     'training': '100 updates',
     'sweep': 'Full models'}
 

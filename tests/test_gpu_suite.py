@@ -74,7 +74,7 @@ def test_every_part_has_numbers(smoke):
     assert numbers['attention']['sdpa']['ms'] > 0
     assert numbers['training']['val_after'] < 4 < numbers['training'][
         'val_before']
-    assert numbers['fsdp']['float32'] < 1e-5
+    assert numbers['strategies']['FSDP2, float32'] < 1e-5
     fits, does_not = numbers['sweep']
     assert fits['tokens_per_s'] > 0 and fits['planned_gb'] > 0
     assert does_not['error'] == 'out of memory'
@@ -127,9 +127,9 @@ def test_a_wrong_attention_is_called_out(monkeypatch):
 @pytest.mark.parametrize('problems, status', [([], 0), (['wrong'], 1)])
 def test_the_status_tells(monkeypatch, tmp_path, problems, status):
     monkeypatch.setattr(gpu_suite, 'run_part', lambda name, smoke, limit: (
-        ['| a |'], problems if name == 'fsdp' else [], {}))
+        ['| a |'], problems if name == 'strategies' else [], {}))
     out = tmp_path / 'entry.md'
-    assert gpu_suite.main(['--smoke', '--parts', 'parity', 'fsdp', '--out',
+    assert gpu_suite.main(['--smoke', '--parts', 'parity', 'strategies', '--out',
                            str(out)]) == status
     assert ('- wrong: wrong' in out.read_text()) == bool(status)
 
