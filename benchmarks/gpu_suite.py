@@ -381,15 +381,16 @@ def sweep_settings(smoke):
     both = {'0.6b': 'config/full_qwen3_0.6b.py',
             '1.5b': 'config/full_qwen3_1.5b.py'}
     chosen = [('0.6b', 16, 'none', 1.0), ('1.5b', 8, 'none', 1.0),
+              ('1.5b', 8, 'none', 0.9), ('0.6b', 24, 'none', 1.0),
+              ('1.5b', 12, 'none', 0.9), ('1.5b', 16, 'full', 1.0),
+              ('1.5b', 64, 'none', 1.0), ('0.6b', 32, 'none', 0.9),
               ('0.6b', 8, 'none', 1.0), ('1.5b', 4, 'none', 1.0),
-              ('1.5b', 8, 'none', 0.9), ('0.6b', 16, 'none', 0.9),
-              ('0.6b', 24, 'none', 1.0), ('1.5b', 16, 'full', 1.0),
-              ('0.6b', 32, 'none', 0.9), ('1.5b', 12, 'none', 0.9),
-              ('0.6b', 64, 'full', 1.0), ('1.5b', 64, 'none', 1.0)]
+              ('0.6b', 64, 'full', 1.0), ('0.6b', 16, 'none', 0.9)]
+    # real runs have 16 micro-steps and more: an update is a small part
     return [(name, [both[name], f'--batch_size={batch}',
                     f'--activation_checkpointing={checkpointing}',
                     f'--activation_memory_budget={budget}',
-                    '--gradient_accumulation_steps=2'])
+                    '--gradient_accumulation_steps=4'])
             for name, batch, checkpointing, budget in chosen]
 
 
@@ -441,7 +442,7 @@ def run_bench(arguments, limit, smoke):
         path = Path(folder) / 'results.json'
         status, output = run_limited(
             [sys.executable, BENCH, *arguments, '--json', path,
-             '--updates', '2' if smoke else '6', '--split', '2'], limit)
+             '--warmup', '2', '--updates', '3', '--split', '1'], limit)
         if path.exists():
             return json.loads(path.read_text())
     if status is None:

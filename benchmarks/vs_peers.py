@@ -30,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model_builder import ConfigurableGPT  # noqa: E402
+from model_components import LOSS_CHUNK_ROWS  # noqa: E402
 from model_config import get_preset_config  # noqa: E402
 from training.device import (  # noqa: E402
     autocast,
@@ -46,7 +47,7 @@ from training.optimizer import build_optimizer  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model and a batch; head_dim is 64 in all of them."""
+    """A model and a batch."""
 
     contenders: tuple[str, str]  # ours and its peer
     n_layer: int
@@ -57,6 +58,7 @@ class Shape:
     vocab_size: int
     batch_size: int
     block_size: int
+    head_dim: int = 64
 
 
 SHAPES = {
@@ -65,9 +67,12 @@ SHAPES = {
     'small': Shape(('qwen3', 'transformers'),
                    6, 384, 6, 2, 1152, 4096, 8, 256),
     'gpt2': Shape(('gpt2', 'nanoGPT'), 6, 384, 6, 6, 1152, 4096, 8, 256),
+    # for a GPU: Qwen3-0.6B, but untied as the others
+    '0.6b': Shape(('qwen3', 'transformers'),
+                  28, 1024, 16, 8, 3072, 151936, 4, 2048, 128),
 }
 SMOKE = dict(n_layer=2, n_embd=64, n_head=1, n_kv_head=1, d_ff=128,
-             vocab_size=512, batch_size=2, block_size=32)
+             vocab_size=512, batch_size=2, block_size=32, head_dim=64)
 
 
 def shape_of(name, smoke) -> Shape:
@@ -80,7 +85,7 @@ def shape_of(name, smoke) -> Shape:
 def config_of(shape):
     """This project's architecture of a shape."""
     preset = shape.contenders[0]
-    own = dict(head_dim=64, weight_tying=False) if preset == 'qwen3' else {}
+    own = dict(head_dim=shape.head_dim, weight_tying=False) if preset == 'qwen3' else {}
     return get_preset_config(
         preset, n_layer=shape.n_layer, n_embd=shape.n_embd,
         n_head=shape.n_head, num_key_value_heads=shape.n_kv_head,
@@ -107,7 +112,7 @@ class Transformers(nn.Module):
         import transformers  # takes seconds: only where it is needed
         self.model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             num_hidden_layers=shape.n_layer, hidden_size=shape.n_embd,
-            num_attention_heads=shape.n_head, head_dim=64,
+            num_attention_heads=shape.n_head, head_dim=shape.head_dim,
             num_key_value_heads=shape.n_kv_head,
             intermediate_size=shape.d_ff, vocab_size=shape.vocab_size,
             max_position_embeddings=shape.block_size, use_cache=False,
@@ -214,7 +219,8 @@ def matrix_products(shape, dtype, device):
              for size in set(layers)}
     outputs = {size: torch.randn(N, size[1], device=device, dtype=kind)
                for size in set(layer)}
-    rows = min(N, 512)  # of the head: all logits would not fit a cache
+    # of the head: all logits would not fit a cache
+    rows = min(N, LOSS_CHUNK_ROWS[device.type])
 
     def step():
         for size in layers:
@@ -315,7 +321,7 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shape', choices=SHAPES, action='append',
-                        help='default: all')
+                        help='default: all but 0.6b, which is for a GPU')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
                         action='append', help='default: both')
     parser.add_argument('--device', default='auto')
@@ -329,7 +335,7 @@ def main():
                         'adds')
     args = parser.parse_args()
     device = resolve_device(args.device)
-    shapes = args.shape or list(SHAPES)
+    shapes = args.shape or ['big', 'small', 'gpt2']
     dtypes = args.dtype or ['float32', 'bfloat16']
     if args.memory_of:
         step, n = training_step(

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -210,9 +211,12 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
             print_dry_run(options, plan, dataset, ranks.world_size)
         leave()
         raise SystemExit(0)
+    device = plan['device']
     if options['deterministic']:
         torch.use_deterministic_algorithms(True)
-    device = plan['device']
+        # cuBLAS gives the same bits only with workspaces of a fixed size,
+        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     checkpoint = choose_checkpoint(options, resumed, ranks, stop)
