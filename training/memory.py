@@ -125,8 +125,12 @@ def loss_buffers(c, s: Setting, N: int, size: int) -> int:
     if not s.compile:  # in fp32, and what logsumexp makes of it
         logits += rows * c.vocab_size * (4 if size == 4 else 8)
     gradients = 4 * head + N * c.n_embd * size
-    # the head in bf16, and a chunk's share of its gradient
-    return logits + gradients + (2 * 2 * head if size == 2 else 0)
+    if size == 4:
+        return logits + gradients
+    # the head in bf16, and a chunk's share of its gradient, which a GPU adds
+    # up where it computes it
+    return logits + gradients + 2 * head * (
+        1 if s.device_type == 'cuda' else 2)
 
 
 @once_per_config
