@@ -85,7 +85,9 @@ def shape_of(name, smoke) -> Shape:
 def config_of(shape):
     """This project's architecture of a shape."""
     preset = shape.contenders[0]
-    own = dict(head_dim=shape.head_dim, weight_tying=False) if preset == 'qwen3' else {}
+    own = dict(activation='gelu')  # nanoGPT's; the preset has GPT-2's tanh
+    if preset == 'qwen3':
+        own = dict(head_dim=shape.head_dim, weight_tying=False)
     return get_preset_config(
         preset, n_layer=shape.n_layer, n_embd=shape.n_embd,
         n_head=shape.n_head, num_key_value_heads=shape.n_kv_head,

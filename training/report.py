@@ -155,13 +155,13 @@ def settings(run: RunSummary) -> dict:
     """Options and architecture as built, the latter where both have one."""
     options = {k: v for k, v in run.record['options'].items()
                if k not in SKIPPED}
-    data = run.record['dataset']
+    data, commit = run.record['dataset'], run.record.get('commit')
     return options | run.record['architecture'] | {
         'dataset': data.get('name', data['folder']),
         'max_iters': run.record['max_iters'],
         'processes': run.record['world_size'],
         'device': run.record['device'],
-        'commit': run.record.get('commit')}
+        'commit': commit and commit[:12] + commit[40:]}  # with +changes
 
 
 def differences(runs: list[RunSummary]) -> str:
