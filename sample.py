@@ -6,6 +6,7 @@
     python sample.py --out_dir=out-quickstart --prompt_file=prompts.txt
 """
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -75,11 +76,13 @@ def main():
     sys.stdout.reconfigure(errors='replace')
     rows = [ids for ids in prompts for _ in range(num_samples)]
     n_tokens, begin = 0, time.perf_counter()
+    interrupted = end_at_ctrl_c()
     try:
         for first in range(0, len(rows), batch_size):
             batch = rows[first:first + batch_size]
             eos_id = eot_id if stop_at_eot else None
-            printer = Printer(tokenizer, batch, first, len(rows), ends, eos_id)
+            printer = Printer(tokenizer, batch, first, len(rows), ends, eos_id,
+                              interrupted)
             model.generate(
                 batch, max_new_tokens, temperature, top_k, top_p,
                 n_ids=tokenizer.get_vocab_size(), eos_id=eos_id,
@@ -96,6 +99,21 @@ def main():
           'tokens/s, prompts included', file=sys.stderr)
 
 
+def end_at_ctrl_c() -> list:
+    """From now on Ctrl-C puts a number into this list, for the next token to
+    see, and ends the program at once when it comes again: an exception that
+    is raised wherever the program just is can be lost in a callback."""
+    interrupted = []
+
+    def interrupt(number, _frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    return interrupted
+
+
 def load(target) -> OpenModel:
     """The model that out_dir names, with its weights held in `dtype`."""
     found = open_model(out_dir, target)
@@ -108,8 +126,10 @@ class Printer:
     """Prints the samples of a batch in order: the first that has not ended
     as its tokens come, what the others have when it is their turn."""
 
-    def __init__(self, tokenizer, batch, first, total, stop, eos_id):
+    def __init__(self, tokenizer, batch, first, total, stop, eos_id,
+                 interrupted):
         self.first, self.total, self.eos_id = first, total, eos_id
+        self.interrupted = interrupted
         # the id that a document begins after is not shown
         self.streams = [TextStream(tokenizer, ids[1:], stop) for ids in batch]
         self.waiting = [stream.prompt_text for stream in self.streams]
@@ -118,7 +138,12 @@ class Printer:
         self._head()
 
     def add(self, row: int, token: int) -> bool:
-        """Take up a token; whether the sample ends with it."""
+        """Take up a token; whether the sample ends with it.
+
+        Raises KeyboardInterrupt after Ctrl-C.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
         stream = self.streams[row]
         self.n_tokens += 1
         self._print(row, stream.add(token))

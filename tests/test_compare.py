@@ -566,6 +566,7 @@ def broken_runs(tmp_path_factory, data):
     return folder
 
 
+@pytest.mark.slow
 def test_a_broken_model_is_called_out(broken_runs, compare):
     for name in BROKEN:
         output = compare(broken_runs / name, broken_runs / 'sound')

@@ -678,6 +678,7 @@ def test_draw_treats_rows_apart():
 
 # --- torch.compile ---------------------------------------------------------
 
+@pytest.mark.slow
 def test_compiles_whole_and_equals_eager(monkeypatch):
     import model_components
     monkeypatch.setitem(model_components.LOSS_CHUNK_ROWS, 'cpu', 20)  # 2 chunks

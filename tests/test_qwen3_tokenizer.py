@@ -461,6 +461,7 @@ def test_auto_falls_back_from_a_missing_hub(qwen3_build):
     ]
 
 
+@pytest.mark.slow
 def test_hub_that_never_answers_is_given_up(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -54,6 +54,7 @@ def assert_intact(checkpoint):
         assert hashlib.sha256(content).hexdigest() == due['sha256']
 
 
+@pytest.mark.slow
 def test_stopped_twice_and_resumed(tmp_path, small, gpt2_run):
     """SIGTERM, then Ctrl-C in a later epoch, with dropout."""
     first, second = random.randrange(1, 60), random.randrange(120, 160)
