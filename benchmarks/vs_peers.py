@@ -222,7 +222,7 @@ def matrix_products(shape, dtype, device):
     outputs = {size: torch.randn(N, size[1], device=device, dtype=kind)
                for size in set(layer)}
     # of the head: all logits would not fit a cache
-    rows = min(N, LOSS_CHUNK_ROWS[device.type])
+    rows = min(N, LOSS_CHUNK_ROWS.get(device.type, 2048))
 
     def step():
         for size in layers:
@@ -337,7 +337,7 @@ def main():
                         'adds')
     args = parser.parse_args()
     device = resolve_device(args.device)
-    shapes = args.shape or ['big', 'small', 'gpt2']
+    shapes = args.shape or [name for name in SHAPES if name != '0.6b']
     dtypes = args.dtype or ['float32', 'bfloat16']
     if args.memory_of:
         step, n = training_step(
