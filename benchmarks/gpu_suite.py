@@ -97,7 +97,7 @@ def parity(smoke):
 
 def compare(model, hf, x, y):
     """Errors of `model` and of `hf`, which have the same weights."""
-    from hf_convert import state_from_hf
+    from training.hf_weights import state_from_hf
     names = [name for name, _ in model.named_parameters()]
 
     def of_hf(dtype):

@@ -20,7 +20,11 @@ from data.download_qwen3_tokenizer import (
     TokenizerError,
     fetch_from_hub,
 )
-from training.dataset_record import REPOSITORY, tokenizer_problems
+from training.dataset_record import (
+    EOT_TOKENS,
+    REPOSITORY,
+    tokenizer_problems,
+)
 
 
 class Known(NamedTuple):
@@ -59,7 +63,6 @@ KNOWN = {
         "GPT-2", "openai-community/gpt2", 50257, 50304, "<|endoftext|>", 50256
     ),
 }
-EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 # Llama-3's own file has BPE ranks alone; the rest is in Meta's code:
 # github.com/meta-llama/llama3, llama/tokenizer.py.

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from hf_convert import from_hf, state_from_hf, to_hf
+from hf_convert import from_hf, to_hf
 from model_builder import ConfigurableGPT
 from model_config import get_preset_config
+from training.hf_weights import state_from_hf
 
 TOLERANCE = 1e-4  # fp32, as the project promises; what is measured is printed
 ROPE_31 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0,

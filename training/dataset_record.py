@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 PEEK_IDS = 4096
 NANOGPT_VOCAB_SIZE = 50304  # nanoGPT's rows for GPT-2's 50,257 ids
+# the usual names of the token that ends a document
+EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 DTYPES = {"uint32": np.dtype("<u4"), "uint16": np.dtype("<u2")}
 
 

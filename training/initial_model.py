@@ -11,6 +11,7 @@ from training.checkpoint import on_main
 from training.configurator import ConfigError
 from training.dataset import Dataset, DatasetError
 from training.distributed import all_or_none, broadcast_text
+from training.hf_weights import model_type_of
 from training.model_source import (
     NoTokenizer,
     Source,
@@ -52,7 +53,6 @@ def adopt_architecture(parsed, source: Source):
     A shorter block_size is free with rotary positions. Raises ConfigError
     that lists the given options that contradict the model.
     """
-    from hf_convert import model_type_of
     model, given = source.config.to_dict(), parsed.given
     rotary = source.config.position_encoding == 'rope'
     family = {'gpt2': ('gpt2',), 'qwen3': ('qwen3',),

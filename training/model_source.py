@@ -25,6 +25,12 @@ from training.checkpoint import (
     verify_checkpoint,
 )
 from training.dataset import open_dataset
+from training.hf_folder import (
+    eot_of,
+    locate,
+    open_hf_folder,
+    read_hf_config,
+)
 from training.run_log import RunError, read_record, resolve_run
 
 
@@ -94,9 +100,8 @@ def find_source(path, **overrides) -> Source:
     text = str(path)
     folder = Path(text).expanduser()
     if text.startswith('hf:') or (folder / 'config.json').exists():
-        import hf_convert  # imports transformers, which takes a while
-        folder = hf_convert.locate(text.removeprefix('hf:'))
-        config, _, _ = hf_convert.open_hf_folder(folder, **overrides)
+        folder = locate(text.removeprefix('hf:'))
+        config, _, _ = open_hf_folder(folder, **overrides)
         return Source('huggingface', folder, config, None, None, None)
     if (folder / 'state.json').exists():
         checkpoint = folder
@@ -122,8 +127,7 @@ def open_weights(source: Source, model):
     """The weights of a source by name and range, as `model` needs them; of a
     checkpoint every byte has been verified."""
     if source.kind == 'huggingface':
-        import hf_convert
-        return hf_convert.open_hf_folder(source.folder)[1]
+        return open_hf_folder(source.folder)[1]
     state = verify_checkpoint(source.folder)
     tensors = Tensors(source.folder, state, 'model')
     check_shapes(source.folder, model, tensors, state)
@@ -144,7 +148,6 @@ def find_tokenizer(source: Source) -> tuple[Path, int]:
     tokenizer by now.
     """
     if source.kind == 'huggingface':
-        import hf_convert
         folder = source.folder
         path = folder / 'tokenizer.json'
         if not path.exists():
@@ -152,8 +155,8 @@ def find_tokenizer(source: Source) -> tuple[Path, int]:
                 f'{folder} has no tokenizer.json; make one with '
                 'transformers: AutoTokenizer.from_pretrained(...)'
                 '.save_pretrained(...)')
-        eot_id = hf_convert.eot_of(
-            hf_convert.read_hf_config(folder),
+        eot_id = eot_of(
+            read_hf_config(folder),
             read_tokenizer(folder, source.config.vocab_size).get_vocab())
     elif source.kind == 'imported':
         record = source.state['imported']['tokenizer']

@@ -20,6 +20,7 @@ from training.device import (
 )
 from training.distributed import Ranks
 from training.flops import peak_tflops_of
+from training.hf_config import config_to_hf
 
 ARCHITECTURE_OPTIONS = tuple(
     field.name for field in dataclasses.fields(ModelArchitectureConfig))
@@ -45,7 +46,6 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
         attempt(check_compiler, device)
     problems += contradictions(options)
     if options['export_hf_at_end'] and config is not None:
-        from hf_convert import config_to_hf  # transformers loads slowly
         attempt(config_to_hf, config)
     plan = {'config': config, 'device': device}
     if config is not None:

@@ -131,7 +131,7 @@ class Job:
         False where that fails, which is no fault of the training; `say` is
         called with what was written, stderr has what was not.
         """
-        from hf_convert import export_model
+        from training.hf_export import export_model  # loads slowly
         self.expect_delays()
         run, folder = self.run.folder, self.run.folder / HF_FOLDER
         try:

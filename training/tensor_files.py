@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from training.run_log import write_json
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -56,6 +59,39 @@ def write_tensors(path: Path, shapes: dict, dtype: torch.dtype, make) -> dict:
         file.flush()
         os.fsync(file.fileno())
     return {'bytes': path.stat().st_size, 'sha256': digest.hexdigest()}
+
+
+def write_shards(folder: Path, shapes: dict, max_shard_size: str,
+                 dtype: torch.dtype, make, index: str | None = None) -> dict:
+    """Write {name: shape} to model.safetensors, or to shards of a size such
+    as 5GB, with a file named `index` that tells where each tensor lies.
+
+    `make` is that of write_tensors. Returns {file: {'bytes', 'sha256'}}.
+    Raises TensorFileError for a value that is not finite in `dtype`.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(shape, dtype=dtype, device='meta')
+         for name, shape in shapes.items()}, max_shard_size=max_shard_size)
+    files = {}
+    with tqdm(total=len(shapes), unit='weight', disable=None) as bar:
+        def checked(name):
+            bar.update()
+            tensor = make(name).to(dtype)
+            if problem := not_finite(name, tensor):
+                raise TensorFileError(
+                    f"{problem} in {str(dtype).removeprefix('torch.')}: give "
+                    '--dtype bfloat16 or float32')
+            return tensor
+
+        for file, names in plan.filename_to_tensors.items():
+            files[file] = write_tensors(
+                folder / file, {name: shapes[name] for name in names}, dtype,
+                checked)
+    if index and plan.is_sharded:
+        write_json(folder / index, {'metadata': plan.metadata,
+                                    'weight_map': plan.tensor_to_filename})
+    return files
 
 
 class FolderTensors:
