@@ -71,7 +71,8 @@ def parse_arguments(argv):
         parser.error(f'--latest {arguments.latest} must be at least 1')
     if not arguments.runs and arguments.latest is None:
         parser.error('name the runs, or take the newest with --latest N')
-    if (arguments.dollars_per_gpu_hour or 1) <= 0:
+    dollars = arguments.dollars_per_gpu_hour
+    if dollars is not None and dollars <= 0:
         parser.error('--dollars_per_gpu_hour must be above 0')
     return arguments
 

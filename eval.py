@@ -23,7 +23,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data.corpus_tokenizer import plain_content
-from training.configurator import NonNegative, Positive, configure, exit_with
+from training.configurator import (
+    NonNegative,
+    Positive,
+    configure,
+    exit_with,
+    read_schema,
+)
 from training.data_loader import EvalSet
 from training.dataset import open_dataset
 from training.device import (
@@ -113,7 +119,8 @@ def main():
 def spelled_out(argv: list[str]) -> list[str]:
     """RUN --name value ... as --out_dir=RUN --name=value ..., which is what
     the configurator reads; --text takes all values up to the next option."""
-    options, found, rest = globals()['__annotations__'], [], list(argv)
+    options = read_schema(globals(), __file__)
+    found, rest = [], list(argv)
     while rest:
         name, equals, value = rest.pop(0).partition('=')
         key = name.removeprefix('--')

@@ -27,6 +27,7 @@ from training.sweep_plan import (
     read_sweep,
     read_values,
     run_cells,
+    show,
     tune_cells,
 )
 from training.sweep_run import Runner
@@ -165,7 +166,7 @@ def run_all(runner, configurations, cells, sweep, given, schema, folder,
             c.tuned = {name: best}
             cells[id(c)] = (cells[id(c)][0], run_cells(
                 c, sweep, given, schema, folder))
-            runner.say(f'{c.label}: {name}={best:g}' + (
+            runner.say(f'{c.label}: {name}={show(best)}' + (
                 ', the edge of what was tried: a better one may lie beyond'
                 if c.edge else ''))
     runs = [c for _, measured in cells.values() for c in measured]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,10 @@ from running import (
     start,
     wait_for_step,
 )
+
+from training.configurator import read_schema
+from training.run_summary import NOT_WHAT_IS_TRAINED
+from training.settings import ARCHITECTURE_OPTIONS
 
 
 def record_of(run_folder):
@@ -337,8 +342,8 @@ def resumed(world_size):
     def change(lines):
         at = [i for i, line in enumerate(lines) if line['step'] == 20][-1]
         lines.insert(at + 1, {
-            'kind': 'resume', 'step': 20, 'options_given': {},
-            'world_size': world_size, 'device': 'cpu (1 threads)'})
+            'kind': 'resume', 'step': 20, 'world_size': world_size,
+            'device': 'cpu (1 threads)'})
     return change
 
 
@@ -393,8 +398,8 @@ def test_cost_counts_lost_work(tmp_path, copy_run, compare):
     for line in lines:
         line['unix_s'] = 1000.0 + 60 * line['step']
     cut = [line for line in lines if line['step'] == 30]
-    resume = {'kind': 'resume', 'step': 20, 'options_given': {},
-              'world_size': 2, 'device': 'cpu', 'unix_s': 90_000.0}
+    resume = {'kind': 'resume', 'step': 20, 'world_size': 2, 'device': 'cpu',
+              'unix_s': 90_000.0}
     again = [line | {'unix_s': 90_600.0} for line in cut]
     write_lines(folder, [line for line in lines if line['kind'] != 'end']
                 + [resume, *again])
@@ -593,6 +598,55 @@ def test_what_others_reach_is_above_the_floor(flops, bpb):
     from training.sanity import floor_bpb
     assert floor_bpb(flops) < bpb
     assert floor_bpb(flops) > bpb / 4
+
+
+def test_a_run_from_trained_weights(tmp_path, copy_run, compare):
+    """It is no seed of a run from scratch, has more behind it than its
+    budget, and may be better than that could make it."""
+    write_curve(copy_run('p'), [9, 6, 3.9], seed=1)
+    write_curve(copy_run('q'), [0.32, 0.31, 0.3], seed=2)
+    assert 'WARNING: out-q is too good' in compare('out-p', 'out-q')
+    record = record_of(newest(tmp_path / 'out-q'))
+    record['options']['init_from'] = 'hf:some/model'
+    write_record(newest(tmp_path / 'out-q'), record)
+    output = compare('out-p', 'out-q').replace('\n  ', ' ')
+    assert 'WARNING' not in output
+    assert 'out-q began from hf:some/model' in output
+    order = summaries(compare, tmp_path, 'out-p', 'out-q')[
+        'leads']['tokens']['order']
+    assert [c['runs'] for c in order] == [['out-q'], ['out-p']]
+
+
+def test_a_step_of_a_walk_whose_first_seed_is_left_out(
+        tmp_path, copy_run, compare):
+    """Its other seed still stands between the steps before and after."""
+    ends = {'p0': 4.5, 'p1': 4.4, 'q0': 0.3, 'q1': 4.2, 'r0': 4.0, 'r1': 4.1}
+    for name, end in ends.items():
+        write_curve(copy_run(name), [9, 6, end], seed=int(name[1]))
+    (tmp_path / 'sweep.json').write_text(json.dumps({
+        'options': {'walk_from': 'gpt2', 'walk_to': 'llama3'},
+        'configurations': [{'label': step, 'runs': [f'out-{step[0]}0',
+                                                    f'out-{step[0]}1']}
+                           for step in ('p gpt2', 'q norm', 'r rope')]}))
+    output = compare(tmp_path)
+    walk = output[output.index('the walk'):].splitlines()[2:5]
+    assert [row.split()[:3] for row in walk] == [
+        ['4.4500', '2', '-'], ['4.2000', '1', '-0.2500'],
+        ['4.0500', '2', '-0.1500']]
+
+
+def test_every_option_is_what_is_trained_or_not():
+    """A new option of train.py must be put on one side."""
+    trained = {
+        'dataset', 'arch_preset', 'learning_rate', 'lr_schedule',
+        'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters', 'min_lr',
+        'weight_decay', 'beta1', 'beta2', 'adam_eps', 'grad_clip',
+        'skip_nonfinite_steps', 'dtype'}
+    schema = read_schema(runpy.run_path(str(ROOT / 'train.py')),
+                         ROOT / 'train.py')
+    assert not trained & NOT_WHAT_IS_TRAINED
+    assert set(schema) == trained | NOT_WHAT_IS_TRAINED | set(
+        ARCHITECTURE_OPTIONS)
 
 
 # --- downstream tasks --------------------------------------------------------

@@ -31,6 +31,7 @@ from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
 from training.data_loader import sample_window
 from training.dataset import open_dataset
+from training.run_log import read_record
 
 
 def stop(process, out_dir, step, *signals):
@@ -192,6 +193,41 @@ def test_resuming_a_finished_run_adds_no_step(tmp_path, gpt2_run):
     assert course(folder) == course(gpt2_run)
     assert weights(folder) == weights(gpt2_run)
     assert max(r['step'] for r in read_lines(folder)) == 190
+
+
+def test_what_a_resume_changes_holds_for_the_next(tmp_path, data, warm):
+    """More updates and another rate are of the run from then on; fewer
+    updates than it has made are refused, and nothing is written."""
+    def resume(**options):
+        return warm.run('train.py', cwd=tmp_path, init_from='resume',
+                        out_dir=tmp_path / 'out', **options)
+
+    tiny = TINY | {'dataset': data / 'small', 'max_iters': 4}
+    first = warm.run('train.py', cwd=tmp_path, out_dir=tmp_path / 'out',
+                     **tiny)
+    assert first.returncode == 0, first.stderr
+    longer = resume(max_iters=8, learning_rate=1e-3)
+    assert longer.returncode == 0, longer.stderr
+    folder = newest(tmp_path / 'out')
+    assert read_json(folder / 'run.json')['max_iters'] == 4
+    record = read_record(folder)
+    assert record['max_iters'] == 8
+    assert record['schedule']['learning_rate'] == 1e-3
+    assert record['options']['learning_rate'] == 1e-3
+    assert record['options']['out_dir'] == str(tmp_path / 'out')
+    assert resume().returncode == 0
+    assert read_record(folder)['options'] == record['options']
+    assert read_lines(folder)[-1] | {'unix_s': 0} == {
+        'kind': 'end', 'step': 8, 'status': 'finished', 'reason': None,
+        'unix_s': 0}
+    before = snapshot(folder)
+    refused = resume(max_iters=6)
+    assert refused.returncode == 2
+    assert 'max_iters=6' in refused.stderr and '8 updates' in refused.stderr
+    assert snapshot(folder) == before
+    said = warm.run('compare_architectures.py', folder, cwd=tmp_path)
+    assert 'resumed with max_iters=8 from update 4 on' in (
+        said.stdout.replace('\n  ', ' '))
 
 
 @pytest.mark.parametrize('change', [

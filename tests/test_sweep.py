@@ -1,6 +1,7 @@
 """sweep.py: what it plans, what it repeats (nothing), what it leaves behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -334,6 +335,16 @@ def test_tuned_seeds_and_a_failure(options, tmp_path):
     assert result.stdout.count(' left') == 1
     table = result.stdout[result.stdout.index('bits per byte at'):]
     assert 'n_layer=1' in table and '0.01' in table
+
+
+@pytest.mark.slow
+def test_a_choice_that_is_no_number(options, tmp_path):
+    options |= {'max_iters': 20, 'eval_interval': 10}
+    result = run_sweep('--tune', 'lr_schedule=cosine,wsd', '--tune_iters', 5,
+                       **options)
+    assert result.returncode == 0, result.stderr
+    assert re.search('base: lr_schedule=(cosine|wsd)$', result.stdout,
+                     re.MULTILINE)
 
 
 def test_refusals(options, warm, tmp_path):

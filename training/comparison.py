@@ -143,7 +143,8 @@ def lead(groups: list[Group], axis: str) -> Lead | Refusal:
     ranked = order(budget)
     spreads = [g.spread_at(axis, key, budget) for g in ranked]
     return Lead(axis, key, budget, bounded_by, ranked, spreads,
-                pooled(spreads), leaders, schedule_notes(scored, axis, budget))
+                pooled(spreads), leaders,
+                schedule_notes(scored, axis, budget) + weight_notes(scored))
 
 
 def schedule_notes(runs, axis, budget) -> list[str]:
@@ -156,6 +157,16 @@ def schedule_notes(runs, axis, budget) -> list[str]:
     return [f'their schedules differ at this budget: the learning rate of '
             f'{low} has come down to {shares[low]:.0%} of its peak, that of '
             f'{high} is at {shares[high]:.0%}. The former has the advantage']
+
+
+def weight_notes(runs) -> list[str]:
+    """A run from trained weights has more behind it than its own budget."""
+    begun = [run for run in runs if run.begun_from]
+    if not begun or len({run.begun_from for run in runs}) == 1:
+        return []
+    return [', '.join(f'{run.label} began from {run.begun_from}'
+                      for run in begun)
+            + ': what trained those weights is not in its budget']
 
 
 def rate_share(run: RunSummary, axis: str, budget: float) -> float:

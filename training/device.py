@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -94,11 +95,6 @@ def peak_memory_gb(device: torch.device) -> float:
     on a CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows has no getrusage
-        import psutil
-        return psutil.Process().memory_info().peak_wset / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # kilobytes, but bytes on a Mac
     return peak / 1e9 if sys.platform == 'darwin' else peak * 1024 / 1e9
@@ -128,7 +124,7 @@ def check_compiler(device: torch.device):
                              '--compile=False')
         return
     names = [os.environ['CXX']] if 'CXX' in os.environ else [
-        'g++', 'clang++', 'c++', 'cl']
+        'g++', 'clang++', 'c++']
     if not any(shutil.which(name) for name in names):
         raise ValueError(
             'compile=True needs a C++ compiler, and none of '

@@ -32,7 +32,7 @@ def evaluate(model, eval_set, *, batch_size, device, dtype, ranks=Ranks(),
         x, y = x.to(device), y.to(device)
         with autocast(device, dtype):
             _, loss = model(x, y, return_logits=False, reduction='sum')
-        total += loss.double().cpu()
+        total += loss.cpu().double()  # MPS has no float64
     model.train(was_training)
     nats = sum_over_ranks(total).item()
     bpb = None if eval_set.bytes is None else (
@@ -80,7 +80,7 @@ def stream_nats(model, ids, *, context, stride, batch_size, device, dtype,
         x, y = (torch.from_numpy(a).to(device) for a in (x, y))
         with autocast(device, dtype):
             _, loss = model(x, y, return_logits=False, reduction='sum')
-        total += loss.double().cpu()
+        total += loss.cpu().double()  # MPS has no float64
     return total.item()
 
 

@@ -37,7 +37,7 @@ def locate(name_or_path) -> Path:
 
 
 def read_hf_config(folder):
-    """(transformers configuration, as it was read) of a folder."""
+    """The transformers configuration of a folder, checked."""
     import transformers  # it takes a while
     path = Path(folder) / 'config.json'
     try:

@@ -17,6 +17,9 @@ class Progress:
     def __init__(self, job):
         self.job = job
         self.log_interval = job.options['log_interval']
+        self.pauses = [job.options[name] for name in
+                       ('eval_interval', 'checkpoint_interval')
+                       if job.options[name]]
         self.time_s = max((r['time_s'] for r in job.records
                            if 'time_s' in r), default=0.0)
         self.silent = not job.ranks.is_main
@@ -56,9 +59,11 @@ class Progress:
 
     def step_ended(self, step, loss, grad_norm, lr):
         """Count the step; every log_interval, write its record and line."""
-        logged = (step % self.log_interval == 0 or self._first
-                  or step == self.job.max_iters)
-        if logged:
+        last = step == self.job.max_iters
+        logged = step % self.log_interval == 0 or self._first or last
+        # where an evaluation or a checkpoint follows, too: it would wait for
+        # the device while the clock stands
+        if logged or any(step % interval == 0 for interval in self.pauses):
             synchronize(self.job.device)
         seconds = time.perf_counter() - self._begin
         self._seconds += seconds

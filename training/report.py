@@ -157,6 +157,7 @@ def settings(run: RunSummary) -> dict:
                if k not in SKIPPED}
     data, commit = run.record['dataset'], run.record.get('commit')
     return options | run.record['architecture'] | {
+        'begun from': run.begun_from or 'scratch',
         'dataset': data.get('name', data['folder']),
         'max_iters': run.record['max_iters'],
         'processes': run.record['world_size'],

@@ -2,14 +2,19 @@
 
     out_dir/run_YYYYMMDD_HHMMSS/
         run.json        what was asked for and what was built, written once
-        metrics.jsonl   one JSON object a line, only ever appended to
+        metrics.jsonl   one JSON object a line, only ever appended to; a
+                        resume's line has what it changed of run.json
+        evals.jsonl     of eval.py, see eval_results.py
         checkpoints/    see checkpoint.py
+        hf/             with export_hf_at_end
+        profile.json.gz with profile
         lock            held by the process that trains
     out_dir/latest      link to the newest run
 """
 
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -21,11 +26,6 @@ from pathlib import Path
 
 import numpy
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows; there, nothing guards a run against a second
-    fcntl = None
 
 FORMAT_VERSION = 1
 
@@ -114,8 +114,6 @@ def hold_lock(folder: Path):
     """The open lock of a folder; RunError where another process holds it."""
     # flock, since the kernel drops it with the process, however that ends
     lock = open(folder / 'lock', 'a+')
-    if fcntl is None:
-        return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,7 +132,7 @@ def hold_lock(folder: Path):
 def is_running(folder) -> bool:
     """Whether some process holds the run's lock."""
     path = Path(folder) / 'lock'
-    if fcntl is None or not path.exists():
+    if not path.exists():
         return False
     with open(path) as lock:
         try:
@@ -210,6 +208,7 @@ def resolve_run(path) -> Path:
 
 
 def read_record(run) -> dict:
+    """run.json, with what resumes have changed since."""
     path = Path(run) / 'run.json'
     try:
         record = json.loads(path.read_text())
@@ -219,6 +218,11 @@ def read_record(run) -> dict:
         raise RunError(f'{path} has format_version '
                        f'{record.get("format_version")}; this version reads '
                        f'{FORMAT_VERSION}')
+    for line in read_lines(run)[0]:
+        if line['kind'] == 'resume' and 'options' in line:
+            record |= {'max_iters': line['max_iters'],
+                       'schedule': line['schedule'],
+                       'options': record['options'] | line['options']}
     return record
 
 

@@ -37,7 +37,7 @@ LINE = {
 AXES = ('tokens', 'flops', 'time')
 
 # options that say how a run is recorded, kept or placed, not what is trained
-FREE_OPTIONS = {
+NOT_WHAT_IS_TRAINED = {
     'out_dir', 'init_from', 'seed', 'eval_interval', 'eval_bytes',
     'log_interval', 'gradient_log_interval', 'checkpoint_interval',
     'always_save_checkpoint', 'keep_checkpoints', 'wandb_log',
@@ -45,7 +45,8 @@ FREE_OPTIONS = {
     'activation_checkpointing', 'use_zero1', 'use_fsdp',
     'fsdp_reshard_after_forward', 'dist_timeout_s', 'step_timeout_s',
     'deterministic', 'peak_tflops', 'max_tokens', 'max_iters',
-    'attention_backend',
+    'attention_backend', 'export_hf_at_end', 'profile', 'dry_run',
+    'activation_memory_budget',
     # with both of them the batch is the same: tokens_per_iter says it
     'batch_size', 'gradient_accumulation_steps',
 }
@@ -71,6 +72,7 @@ class RunSummary:
     damaged_lines: int
     skipped: int           # updates left out for a loss that is not finite
     segments: list['Segment']
+    changes: list[str]     # of what is trained, by resumes
     clock_fault: str | None  # why its training time is not to be relied on
     label: str = ''        # tells it apart from the runs beside it
     configuration: str | None = None  # of a sweep
@@ -140,8 +142,11 @@ class RunSummary:
         return max((t['memory_gb'] for t in self.trains), default=None)
 
     @property
-    def mfu_causal(self) -> float | None:
-        return self.median('mfu_causal')
+    def begun_from(self) -> str | None:
+        """The model whose weights it began with, if it was not drawn anew."""
+        source = self.record['options']['init_from']
+        # auto resumes the run itself
+        return None if source in ('scratch', 'auto') else source
 
     @property
     def spikes(self) -> list[int]:
@@ -178,10 +183,11 @@ class RunSummary:
             {k: v for k, v in record['architecture'].items()
              if k != 'attention_backend'},
             {k: v for k, v in options.items()
-             if k not in FREE_OPTIONS and k not in record['architecture']
+             if k not in NOT_WHAT_IS_TRAINED and k not in record['architecture']
              and k != 'dataset'},
             record['dataset']['fingerprint'], record['tokens_per_iter'],
             record['max_iters'], record['schedule'], record.get('dtype'),
+            self.begun_from,
         ], sort_keys=True)
 
 
@@ -208,6 +214,7 @@ def summarize(folder: Path) -> RunSummary:
     results, more = read_results(folder)
     damaged += len(records) - len(whole) + more
     ends = [r['status'] for r in whole if r['kind'] == 'end']
+    lines, _ = read_lines(folder)
     status = ends[-1] if ends else (
         'running' if is_running(folder) else 'incomplete')
     trains = by_step(whole, 'train')
@@ -217,7 +224,7 @@ def summarize(folder: Path) -> RunSummary:
         folder=folder, record=record, evals=evals, trains=trains,
         status=status, damaged_lines=damaged,
         skipped=sum(r['kind'] == 'skipped' for r in whole),
-        segments=segments_of(record, read_lines(folder)[0]),
+        segments=segments_of(record, lines), changes=changes_of(lines),
         clock_fault=clock_fault(evals, trains), results=results)
 
 
@@ -253,6 +260,14 @@ def segments_of(record: dict, lines: list[dict]) -> list[Segment]:
         if clock and None not in clock and clock == sorted(clock):
             segment.wall_s = clock[-1] - clock[0]
     return segments
+
+
+def changes_of(lines: list[dict]) -> list[str]:
+    """What resumes have changed of what is trained, in words."""
+    return [f'{name}={value} from update {line["step"]} on'
+            for line in lines if line['kind'] == 'resume'
+            for name, value in line.get('options', {}).items()
+            if name not in NOT_WHAT_IS_TRAINED - {'max_iters', 'max_tokens'}]
 
 
 def clock_fault(evals: list[dict], trains: list[dict]) -> str | None:

@@ -64,8 +64,9 @@ from training.settings import resolve
 from training.strategies import Replicated, build_strategy
 
 # with other values of these, init_from='auto' goes on with a run all the same
-FREE_OPTIONS = ('init_from', 'dist_timeout_s', 'step_timeout_s', 'profile',
-                'dry_run')
+FREE_WHEN_RESUMED = ('init_from', 'dist_timeout_s', 'step_timeout_s',
+                     'profile', 'dry_run')
+PLACE_OPTIONS = ('init_from', 'out_dir')  # where to start, not what to do
 HF_FOLDER = 'hf'  # of a run, for export_hf_at_end
 
 
@@ -179,8 +180,9 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     join(ranks, timeout_of(parsed))
     resumed = find_resumed(parsed.values, ranks)
     if resumed:
-        parsed = configure(namespace, source_path, argv,
-                           base=recorded_options(resumed, parsed))
+        parsed = all_or_none(lambda: configure(
+            namespace, source_path, argv,
+            base=recorded_options(resumed, parsed)))
     published = None if resumed else find_published(
         parsed.values['init_from'], ranks)
     if published is not None:
@@ -243,6 +245,11 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         state = load_checkpoint(checkpoint, strategy,
                                 with_optimizer=bool(resumed), stop=stop)
         start_step = state['step'] if resumed else 0
+        if start_step > plan['max_iters']:
+            raise ConfigError([
+                f'max_iters={plan["max_iters"]}: {resumed} has made '
+                f'{start_step} updates already; set at least as many, or '
+                'start a new run with --init_from=scratch'])
     elif published is not None:
         load_published(all_or_none(open_weights, published, model), strategy,
                        stop)
@@ -323,7 +330,7 @@ def recorded_options(run: Path, parsed) -> dict:
     """A run's options, to stand in place of the defaults: so that
     `--init_from=resume --out_dir=...` alone continues it as it was."""
     return {k: v for k, v in read_record(run)['options'].items()
-            if k in parsed.values and k not in ('init_from', 'out_dir')}
+            if k in parsed.values and k not in PLACE_OPTIONS}
 
 
 def check_export(options: dict, run: Path):
@@ -343,7 +350,7 @@ def unfinished_run(options: dict) -> Path | None:
     except RunError:
         return None
     recorded, asked = ({k: v for k, v in found.items()
-                        if k not in FREE_OPTIONS}
+                        if k not in FREE_WHEN_RESUMED}
                        for found in (read_record(run)['options'], options))
     if recorded != asked:
         return None
@@ -399,8 +406,12 @@ def open_run(resumed, start_step, parsed, record, ranks):
         nonlocal run, records
         if resumed:
             run = Run.reopen(resumed)
-            run.append('resume', step=start_step, **spread,
-                       options_given=parsed.given)
+            was = read_record(resumed)['options']
+            run.append(
+                'resume', step=start_step, **spread,
+                max_iters=record['max_iters'], schedule=record['schedule'],
+                options={k: v for k, v in record['options'].items()
+                         if k not in PLACE_OPTIONS and v != was.get(k)})
             records, _ = read_metrics(resumed)
         else:
             run = Run.create(parsed.values['out_dir'])

@@ -376,6 +376,7 @@ def choose(values: list, losses: list[float]):
     best = min(range(len(values)), key=lambda i: losses[i])
     if not math.isfinite(losses[best]):
         return None, False
-    numbers = all(isinstance(v, (int, float)) for v in values)
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool)
+                  for v in values)
     return values[best], numbers and len(values) > 1 and (
         values[best] in (min(values), max(values)))

@@ -29,7 +29,7 @@ from training.run_log import (
     read_record,
     resolve_run,
 )
-from training.startup import FREE_OPTIONS
+from training.startup import FREE_WHEN_RESUMED
 from training.sweep_plan import OWN_OPTIONS, Cell
 
 POLL_S = 0.2
@@ -57,7 +57,7 @@ def result_of(cell: Cell, defaults: dict) -> Result | None:
         return None
     recorded = defaults | record.get('options', {})
     same = all(recorded[name] == value for name, value in cell.values.items()
-               if name not in (*OWN_OPTIONS, *FREE_OPTIONS))
+               if name not in (*OWN_OPTIONS, *FREE_WHEN_RESUMED))
     if not same or record.get('dataset', {}).get(
             'fingerprint') != cell.dataset:
         return None
@@ -99,8 +99,9 @@ class Runner:
                              f'--nproc_per_node={nproc_per_node}',
                              str(train_py)]
         self._env = dict(os.environ)
-        if jobs > 1:
-            threads = max(1, torch.get_num_threads() // jobs)
+        processes = jobs * nproc_per_node
+        if processes > 1:
+            threads = max(1, torch.get_num_threads() // processes)
             self._env['OMP_NUM_THREADS'] = str(threads)
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, self._receive)

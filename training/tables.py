@@ -180,6 +180,8 @@ def state(run) -> str | None:
                      'log')
     if run.skipped:
         found.append(f'{run.skipped} update(s) left out, not finite')
+    if run.changes:
+        found.append(f'resumed with {", ".join(run.changes)}')
     return f'{run.label}: {"; ".join(found)}' if found else None
 
 
@@ -226,11 +228,11 @@ def amount(axis: str, x: float) -> str:
 
 def walk_table(lead: Lead, pool, groups: list[Group]) -> Table:
     """What each step of a walk changed; `pool` is the spread of seeds."""
-    at = {id(g.runs[0]): s for g, s in
+    at = {group.label: spread for group, spread in
           zip(lead.groups, lead.spreads, strict=True)}
     rows, before = [], None
     for group in groups:
-        spread = at.get(id(group.runs[0]))
+        spread = at.get(group.label)
         if spread is None:  # it failed: what follows has no step before it
             before = None
             continue
