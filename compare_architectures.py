@@ -9,7 +9,6 @@ of a sweep (all its runs). See docs/comparing.md.
 
 import argparse
 import csv
-import json
 import shlex
 import sys
 import textwrap
@@ -20,15 +19,14 @@ from training.comparison import METRICS, Lead, Refusal, lead
 from training.comparison_input import Comparison, gather
 from training.data_loader import EvalSet
 from training.dataset import DatasetError, open_dataset
+from training.durable import write_json
 from training.run_log import RunError
 from training.run_summary import AXES, RunSummary
 from training.sanity import ADVICE
 from training.tables import (
-    WIDTH,
     Table,
     amount,
     budget_text,
-    format_table,
     group_table,
     run_tables,
     state,
@@ -37,6 +35,7 @@ from training.tables import (
     verdict,
     walk_table,
 )
+from training.terminal import WIDTH, format_table
 
 PLOT_FORMATS = ('.png', '.svg', '.pdf')
 OUTPUTS = {'plot': PLOT_FORMATS, 'report': ('.html', '.htm'),
@@ -138,8 +137,9 @@ def main(argv=None) -> int:
     if arguments.csv:
         write_csv(Path(arguments.csv), runs, arguments.dollars_per_gpu_hour)
     if arguments.json:
-        write_json(Path(arguments.json), runs, leads, warnings + lines,
-                   command, arguments.dollars_per_gpu_hour)
+        write_json(Path(arguments.json), everything(
+            runs, leads, warnings + lines, command,
+            arguments.dollars_per_gpu_hour))
     if arguments.plot or arguments.report:  # matplotlib takes a second
         from training.figures import save_pictures
         from training.report import write_report
@@ -363,7 +363,8 @@ def write_csv(path: Path, runs, dollars):
         writer.writerows(rows)
 
 
-def write_json(path: Path, runs, leads, lines, command, dollars):
+def everything(runs, leads, lines, command, dollars) -> dict:
+    """What --json has, unrounded."""
     def told(found):
         if isinstance(found, Refusal):
             return {'refused': found.reasons}
@@ -380,10 +381,10 @@ def write_json(path: Path, runs, leads, lines, command, dollars):
             } for i, (group, spread) in enumerate(
                 zip(found.groups, found.spreads, strict=True))]}
 
-    path.write_text(json.dumps({
+    return {
         'command': command, 'runs': [row_of(run, dollars) for run in runs],
         'leads': {axis: told(found) for axis, found in leads.items()},
-        'findings': lines}, indent=2) + '\n')
+        'findings': lines}
 
 
 if __name__ == '__main__':

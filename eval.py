@@ -38,12 +38,13 @@ from training.device import (
     device_name,
     resolve_device,
 )
+from training.durable import write_json
 from training.eval_results import append_results, main_metric, plain
 from training.evaluation import bits_per_byte, evaluate, stream_nats
 from training.model_source import OpenModel, open_model
-from training.run_log import source_commit, write_json
+from training.run_log import source_commit
 from training.settings import CPU_EVAL_BYTES, EVAL_BYTES
-from training.tables import format_table, number
+from training.terminal import format_table, number
 
 # the model; it may be named without --out_dir
 out_dir: str = 'out'  # an out_dir (its newest run), a run, a checkpoint, or a

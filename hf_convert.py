@@ -22,6 +22,7 @@ from data.corpus_tokenizer import load_tokenizer
 from model_builder import ConfigurableGPT
 from training.checkpoint import FORMAT_VERSION
 from training.configurator import exit_with
+from training.durable import write_bytes, write_json
 from training.hf_config import (
     FAMILIES,
     TOKEN_IDS,
@@ -33,9 +34,8 @@ from training.hf_export import export_model
 from training.hf_folder import eot_of, locate, open_hf_folder
 from training.hf_weights import ImportedWeights, state_to_hf
 from training.model_source import fill, open_model, read_tokenizer
-from training.run_log import write_json
 from training.tensor_files import write_shards
-from training.whole_folder import whole_folder, write_bytes
+from training.whole_folder import whole_folder
 
 
 def from_hf(hf_model, **overrides) -> ConfigurableGPT:

@@ -19,12 +19,7 @@ from training.dataset import DatasetError, open_dataset
 from training.distributed import Ranks
 from training.flops import GPUS
 from training.planning import print_plan, setting_of
-from training.settings import (
-    build_architecture,
-    contradictions,
-    resolve_batch,
-    vocabulary_without_dataset,
-)
+from training.settings import derive, vocabulary_without_dataset
 
 TRAIN = Path(__file__).resolve().parent / 'train.py'
 
@@ -65,19 +60,15 @@ def planned_setting(argv: list[str], n_gpus: int):
     arguments, on GPUs that need not be there, for data that need not be."""
     schema = read_schema(runpy.run_path(str(TRAIN)), TRAIN)
     options = parse(schema, argv).values
-    problems = contradictions(options)
-    if problems:
-        raise ConfigError(problems)
     try:
         dataset = open_dataset(options['dataset'])
     except DatasetError:
         dataset = None
-    config = build_architecture(
-        options, dataset or vocabulary_without_dataset(options))
-    batch = resolve_batch(options, config, Ranks(world_size=n_gpus))
-    setting = setting_of(options, batch['accumulation'], n_gpus, 'cuda',
+    run = derive(options, dataset or vocabulary_without_dataset(options),
+                 Ranks(world_size=n_gpus))
+    setting = setting_of(options, run['accumulation'], n_gpus, 'cuda',
                          options['dtype'])
-    return config, batch | {
+    return run['config'], run | {
         'options': options,
         'train_tokens': dataset and dataset.split('train').tokens}, setting
 

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from training.configurator import exit_with, read_schema
-from training.run_log import RunError, hold_lock, write_json
+from training.durable import FolderHeld, hold_lock, write_json
+from training.run_log import RunError
 from training.sweep_plan import (
     SWEEP_OPTIONS,
     choose,
@@ -27,11 +28,10 @@ from training.sweep_plan import (
     read_sweep,
     read_values,
     run_cells,
-    show,
     tune_cells,
 )
 from training.sweep_run import Runner
-from training.tables import format_table
+from training.terminal import format_table, show
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / 'train.py'
@@ -106,7 +106,7 @@ def main(argv=None) -> int:
 def lock_folder(folder: Path):
     try:
         return hold_lock(folder)
-    except RunError:
+    except FolderHeld:
         raise RunError(f'{folder}: another sweep is at work there; wait for '
                        'it, or choose another --sweep_dir') from None
 

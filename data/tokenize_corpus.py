@@ -39,8 +39,9 @@ from data.corpus_readers import (
     read_blocks,
 )
 from data.corpus_tokenizer import load_tokenizer
-from training.dataset_record import SPLITS, DatasetError, bins, part_path
-from training.dataset_writer import BinWriter, DatasetWriter, sync_folder
+from training.dataset_record import SPLITS, DatasetError, bins
+from training.dataset_writer import BinWriter, DatasetWriter
+from training.durable import fsync, part_path
 
 RECIPE = 1  # raise when the same inputs would give other bytes
 SEED = 42
@@ -188,7 +189,7 @@ def write_durably(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    sync_folder(path.parent)
+    fsync(path.parent)
 
 
 @contextmanager

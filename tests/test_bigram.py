@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -144,7 +145,8 @@ def test_without_recorded_bytes_there_are_no_bits_per_byte(tmp_path):
     """A folder in nanoGPT's format: uint16 bins alone."""
     for split, texts in ('train', TRAIN), ('val', VALIDATION['alike']):
         np.array(joined(texts), np.uint16).tofile(tmp_path / f'{split}.bin')
-    dataset = open_dataset(tmp_path, vocab_size=V)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': V}))
+    dataset = open_dataset(tmp_path)
     eval_set = EvalSet(dataset.split('val'), eval_bytes=10**9, block_size=16,
                        eot_id=None)
     nats, bpb = bigram_baseline(dataset, eval_set)

@@ -291,7 +291,7 @@ def test_an_exception_of_the_thread_is_raised_again(tmp_path):
 def test_close_ends_the_thread(dataset):
     before = threading.active_count()
     batches = loader(dataset)
-    next(batches)
+    batches.next_batch()
     assert threading.active_count() == before + 1
     batches.close()
     assert threading.active_count() == before

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from conftest import write_dataset
 from running import (
     ROOT,
     TIMEOUT,
@@ -19,10 +21,12 @@ from running import (
     start,
     wait_for,
 )
+from tokenizers import Tokenizer
 
 from model_config import get_preset_config
 from training.configurator import ConfigError, read_schema
 from training.sweep_plan import (
+    architecture_of,
     choose,
     make_cell,
     plan_configurations,
@@ -43,8 +47,8 @@ def schema():
 def plan(schema, data):
     """(configurations, sweep, given) of a sweep's options."""
     def plan(*files, sizes=True, **options):
-        argv = [f'--{k}={v}' for k, v in options.items()]
-        argv.append(f'--dataset={data / "small"}')
+        argv = [f'--{k}={v}' for k, v in
+                ({'dataset': data / 'small'} | options).items()]
         if sizes:
             argv += [f'--{k}={v}' for k, v in (TINY | {
                 'n_layer': 2, 'n_embd': 64, 'n_head': 4,
@@ -95,7 +99,7 @@ def test_equal_parameters(plan, schema, tmp_path, kind):
 
 @pytest.mark.parametrize('ends', [('gpt2', 'qwen3'), ('qwen3', 'gpt2'),
                                   ('llama2', 'llama3')])
-def test_a_walk_ends_where_it_should(plan, schema, tmp_path, ends):
+def test_a_walk_ends_where_it_should(plan, schema, ends):
     """One component a step, in the order that is stated; the last
     configuration is the other preset, to the field."""
     found, sweep, given = plan(walk_from=ends[0], walk_to=ends[1])
@@ -106,8 +110,8 @@ def test_a_walk_ends_where_it_should(plan, schema, tmp_path, ends):
     assert len(steps) == {'gpt2': 8, 'qwen3': 8, 'llama2': 4}[ends[0]]
 
     def architecture(configuration):
-        from training.sweep_plan import resolved
-        return resolved(given | configuration.options, schema)[1].to_dict()
+        return architecture_of(
+            given | configuration.options, schema).to_dict()
 
     sizes = {name: given[name] for name in
              ('n_layer', 'n_embd', 'n_head', 'head_dim', 'block_size')}
@@ -163,12 +167,22 @@ def test_all_problems_at_once(plan):
     assert 'already' in problems(plan, equal_params=100)
 
 
+@pytest.fixture(scope='module')
+def long_data(data, tmp_path_factory):
+    """A dataset with tokens for a sequence of the longest context."""
+    folder = tmp_path_factory.mktemp('long') / 'long'
+    shutil.copytree(data / 'words' / 'tokenizer', folder / 'tokenizer')
+    tokenizer = Tokenizer.from_file(str(folder / 'tokenizer/tokenizer.json'))
+    return write_dataset(folder, tokenizer, ['w1 w2 w3 ' * 400] * 24,
+                         vocab_size=384)
+
+
 @pytest.mark.parametrize('name', sorted(
     p.stem for p in (ROOT / 'config').glob('s[wt]*_*.py')))
-def test_presets(plan, schema, tmp_path, name, data):
+def test_presets(plan, schema, tmp_path, name, long_data):
     """Each plans on its own; every cell is one that train.py would take."""
-    found, sweep, given = plan(
-        ROOT / 'config' / f'{name}.py', sizes=False, dataset=data / 'small')
+    found, sweep, given = plan(ROOT / 'config' / f'{name}.py', sizes=False,
+                               dataset=long_data)
     assert len(found) >= 2 and sweep['tune']
     first = [make_cell(c, given | c.all_options, schema, sweep, tmp_path)
              for c in found]

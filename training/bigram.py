@@ -7,9 +7,9 @@ fitted on the evaluated text itself by expectation maximisation, which makes
 the baseline as strong as a model of this form can be.
 """
 
-import math
-
 import numpy as np
+
+from training.evaluation import bits_per_byte
 
 MAX_TRAIN_TOKENS = 100_000_000  # counting more takes minutes
 CHUNK = 2**24
@@ -55,5 +55,5 @@ def bigram_baseline(dataset, eval_set) -> tuple[float, float | None]:
         weights = new
     nats = float(-np.log(p).sum())
     bpb = None if eval_set.bytes is None else (
-        nats / (math.log(2) * eval_set.bytes))
+        bits_per_byte(nats, eval_set.bytes))
     return nats / len(a), bpb

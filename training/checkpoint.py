@@ -30,8 +30,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from training.distributed import OtherRankFailed, Ranks, all_or_none
-from training.run_log import fsync, point_to, write_json
+from training.distributed import OtherRankFailed, Ranks, all_or_none, on_main
+from training.durable import fsync, part_path, point_to, write_json
 from training.stop_signals import NO_STOP
 from training.strategies import MOMENTS
 from training.tensor_files import not_finite
@@ -79,7 +79,7 @@ def save_checkpoint(run_folder, strategy, *, step, val_loss=None,
 def _write(folder: Path, final: Path, strategy, step: int, val_loss):
     """All ranks: write aside, fsync, rename, move `latest`."""
     ranks = strategy.ranks
-    part = folder / f'.{final.name}.part'
+    part = part_path(final)
 
     def begin():
         folder.mkdir(exist_ok=True)
@@ -107,12 +107,6 @@ def _write(folder: Path, final: Path, strategy, step: int, val_loss):
     on_main(ranks, begin)
     all_or_none(_write_share, part, strategy)
     on_main(ranks, publish)
-
-
-def on_main(ranks: Ranks, function, *arguments):
-    """Call on rank 0, while the others wait; if it raises, all raise."""
-    return all_or_none(function if ranks.is_main else lambda *_: None,
-                       *arguments)
 
 
 def _clean(folder: Path, keep: int | None = None, newest: str = ''):
@@ -192,7 +186,7 @@ def _prune(folder: Path, keep: int, newest: str):
     for _, checkpoint in scored:
         if checkpoint != best and checkpoint not in found[-keep:]:
             # under its name a folder is complete: it must not be half gone
-            part = checkpoint.with_name(f'.{checkpoint.name}.part')
+            part = part_path(checkpoint)
             os.rename(checkpoint, part)
             shutil.rmtree(part)
 

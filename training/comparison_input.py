@@ -29,7 +29,7 @@ def gather(paths: list[str], latest: int | None) -> Comparison:
     for path in paths:
         try:
             if (Path(path) / 'sweep.json').exists():
-                sweeps.append(read_sweep(Path(path)))
+                sweeps.append(read_sweep_record(Path(path)))
                 runs += runs_of_sweep(Path(path), sweeps[-1], notes)
             else:
                 runs.append(summarize(resolve_run(path)))
@@ -62,7 +62,7 @@ def gather(paths: list[str], latest: int | None) -> Comparison:
     return comparison
 
 
-def read_sweep(folder: Path) -> dict:
+def read_sweep_record(folder: Path) -> dict:
     path = folder / 'sweep.json'
     try:
         sweep = json.loads(path.read_text())

@@ -142,12 +142,6 @@ class TrainLoader:
         rows = item.to(self._device, non_blocking=True)  # (B, T + 1)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return self.next_batch()
-
     def close(self):
         """Stop the thread; next_batch must not be called afterwards."""
         self._stop.set()

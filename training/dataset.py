@@ -26,13 +26,13 @@ from training.dataset_record import (
     bins,
     file_problems,
     nanogpt_record,
-    part_path,
     prepare_command,
     read_lengths,
     read_record,
     tokenizer_file_problems,
 )
 from training.dataset_writer import BinWriter, DatasetWriter
+from training.durable import part_path
 
 __all__ = [
     "BinWriter",
@@ -201,11 +201,10 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_dataset(folder_or_name, vocab_size=None):
+def open_dataset(folder_or_name):
     """Open a dataset by folder, or by name below the repository's `data/`.
 
     All cheap checks are made and one DatasetError lists every problem.
-    `vocab_size` serves folders in nanoGPT's format that do not record it.
     """
     folder = _find(folder_or_name)
     if not (folder / "meta.json").is_file():
@@ -219,7 +218,7 @@ def open_dataset(folder_or_name, vocab_size=None):
                 f"no dataset in {folder}: it has neither meta.json nor bins;"
                 f" make it with {prepare_command(folder)}"
             )
-        meta, problems = nanogpt_record(folder, vocab_size)
+        meta, problems = nanogpt_record(folder)
     else:
         meta, problems = read_record(folder), []
     lengths = None

@@ -37,11 +37,6 @@ class DatasetError(ValueError):
         return cls("\n  - ".join([f"{what}:", *problems]))
 
 
-def part_path(path):
-    """The hidden name under which `path` is written until it is whole."""
-    return path.with_name(f".{path.name}.part")
-
-
 def leftovers(folder):
     """Temporary files below `folder`: of a running or a killed writer."""
     return sorted([*folder.glob(".*.part"), *folder.glob("*/.*.part")])
@@ -268,12 +263,12 @@ def _read_pickle(path):
     return meta
 
 
-def nanogpt_record(folder, vocab_size):
+def nanogpt_record(folder):
     """A record for a folder in nanoGPT's format, and its problems."""
     path = folder / "meta.pkl"
     plain = _read_pickle(path) if path.is_file() else {}
     dtype = plain.get("dtype", "uint16")
-    vocab_size = vocab_size or plain.get("vocab_size", NANOGPT_VOCAB_SIZE)
+    vocab_size = plain.get("vocab_size", NANOGPT_VOCAB_SIZE)
     if dtype not in list(DTYPES) or not is_count(vocab_size, 1):
         raise DatasetError(
             f"{path} gives dtype {dtype!r} and vocab_size {vocab_size!r};"

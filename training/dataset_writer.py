@@ -24,20 +24,11 @@ from training.dataset_record import (
     bins,
     hash_file,
     leftovers,
-    part_path,
     tokenizer_problems,
 )
+from training.durable import fsync, part_path
 
 BUFFER_IDS = 2**20  # 4 MB of uint32 for each split being written
-
-
-def sync_folder(folder):
-    """Make the renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checked_ids(ids, vocab_size):
@@ -355,9 +346,9 @@ class DatasetWriter:
         for path in self._whole:
             self._rename(path)
         for folder in {path.parent for path in self._whole}:
-            sync_folder(folder)
+            fsync(folder)
         self._rename(self._meta_path)
-        sync_folder(self.folder)
+        fsync(self.folder)
         self._meta_file.close()
         return self._meta
 
@@ -377,7 +368,7 @@ class DatasetWriter:
     def _remove_old(self):
         # First the record, so that a half-replaced dataset never looks whole.
         self._meta_path.unlink(missing_ok=True)
-        sync_folder(self.folder)
+        fsync(self.folder)
         for path in bins(self.folder):
             path.unlink()
 

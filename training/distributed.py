@@ -1,7 +1,7 @@
 """The processes of a job: joining them, agreeing, and leaving.
 
-Environment variables are read here and nowhere else: torchrun sets RANK,
-LOCAL_RANK and WORLD_SIZE; without them there is one process.
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE in the environment; without them
+there is one process.
 """
 
 import contextlib
@@ -26,9 +26,6 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def __str__(self):
-        return f'rank {self.rank} of {self.world_size}'
 
 
 def ranks_of_environment() -> Ranks:
@@ -163,3 +160,12 @@ def all_or_none(function, *arguments, **named):
     if worst:
         raise OtherRankFailed('another rank failed and says why')
     return result
+
+
+def on_main(ranks: Ranks, function, *arguments):
+    """Call on rank 0, while the others wait; if it raises, all raise.
+
+    Returns the function's result on rank 0, None elsewhere.
+    """
+    return all_or_none(function if ranks.is_main else lambda *_: None,
+                       *arguments)

@@ -12,7 +12,7 @@ import math
 import time
 from pathlib import Path
 
-from training.run_log import naming
+from training.durable import naming
 
 FILE = 'evals.jsonl'
 NEEDED = {'validation': ('loss', 'bpb'), 'text': ('path', 'loss', 'bpb'),

@@ -17,7 +17,7 @@ from model_config import ModelArchitectureConfig
 from training.comparison import METRICS, Group
 from training.comparison_input import Comparison
 from training.layer_groups import layer_part
-from training.tables import short
+from training.terminal import short
 
 matplotlib.use('Agg')
 

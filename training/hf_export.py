@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from model_builder import ConfigurableGPT
+from training.durable import write_bytes, write_json
 from training.hf_config import (
     FAMILIES,
     TOKEN_IDS,
@@ -23,9 +24,8 @@ from training.model_source import (
     open_weights,
     read_tokenizer,
 )
-from training.run_log import write_json
 from training.tensor_files import INDEX, write_shards
-from training.whole_folder import whole_folder, write_bytes
+from training.whole_folder import whole_folder
 
 
 def export_model(path, out, *, dtype='float32', max_shard_size='5GB',

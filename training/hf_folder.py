@@ -9,6 +9,8 @@ from training.hf_config import ConversionError, config_from_hf, family_of
 from training.hf_weights import ImportedWeights
 from training.tensor_files import FolderTensors
 
+HUB = 'hf:'  # before the name of a model, or the path of a folder
+
 
 def locate(name_or_path) -> Path:
     """The folder of a model: a path, or a name of the hub, which is fetched.

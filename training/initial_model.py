@@ -7,10 +7,10 @@ with its tokenizer.
 import json
 from pathlib import Path
 
-from training.checkpoint import on_main
 from training.configurator import ConfigError
 from training.dataset import Dataset, DatasetError
-from training.distributed import all_or_none, broadcast_text
+from training.distributed import all_or_none, broadcast_text, on_main
+from training.hf_folder import HUB
 from training.hf_weights import model_type_of
 from training.model_source import (
     NoTokenizer,
@@ -21,7 +21,6 @@ from training.model_source import (
 )
 from training.settings import ARCHITECTURE_OPTIONS
 
-HUB = 'hf:'
 # fields that change no weight and that training may choose
 CHOSEN_BY_TRAINING = ('attention_backend', 'dropout')
 

@@ -54,11 +54,12 @@ def once_per_config(function):
 
 
 @once_per_config
-def count_parameters(config: ModelArchitectureConfig) -> tuple[int, int]:
-    """(total, non-embedding) of a model that is not allocated."""
+def count_parameters(config: ModelArchitectureConfig) -> dict[str, int]:
+    """'total' and 'non_embedding' of a model that is not allocated."""
     with torch.device('meta'):
         model = ConfigurableGPT(config)
-    return model.get_num_params(), model.get_num_params(non_embedding=True)
+    return {'total': model.get_num_params(),
+            'non_embedding': model.get_num_params(non_embedding=True)}
 
 
 def memory_plan(config: ModelArchitectureConfig, setting: Setting) -> dict:
@@ -70,7 +71,7 @@ def memory_plan(config: ModelArchitectureConfig, setting: Setting) -> dict:
     and what its allocator cannot use come on top.
     """
     s, c = setting, config
-    P = count_parameters(c)[0]
+    P = count_parameters(c)['total']
     share = s.world_size if s.strategy == 'fsdp' else 1
     parts = {
         'weights': 4 * P // share,

@@ -26,6 +26,7 @@ from training.checkpoint import (
 )
 from training.dataset import open_dataset
 from training.hf_folder import (
+    HUB,
     eot_of,
     locate,
     open_hf_folder,
@@ -99,8 +100,8 @@ def find_source(path, **overrides) -> Source:
     """What `path` names; see open_model for the overrides and errors."""
     text = str(path)
     folder = Path(text).expanduser()
-    if text.startswith('hf:') or (folder / 'config.json').exists():
-        folder = locate(text.removeprefix('hf:'))
+    if text.startswith(HUB) or (folder / 'config.json').exists():
+        folder = locate(text.removeprefix(HUB))
         config, _, _ = open_hf_folder(folder, **overrides)
         return Source('huggingface', folder, config, None, None, None)
     if (folder / 'state.json').exists():

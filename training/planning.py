@@ -13,6 +13,7 @@ from training.memory import (
     memory_plan,
 )
 from training.settings import recomputation
+from training.terminal import WIDTH, format_table, print_rows
 
 # On top of what is counted: a GPU's context, NCCL's buffers, and what the
 # allocator cannot use. An assumption, to be held against a GPU.
@@ -81,7 +82,7 @@ def describe_activations(setting: Setting) -> str:
 
 
 def memory_table(config, setting: Setting, options: dict,
-                 memory_gb: float | None) -> list[str]:
+                 memory_gb: float | None) -> str:
     """Lines of at most 80 columns; the run's own setting is marked."""
     small = memory_gb is None and total_gb(config, setting) < 1
     unit, digits = (1e6, 0) if small else (1e9, 1)
@@ -110,12 +111,7 @@ def memory_table(config, setting: Setting, options: dict,
             if memory_gb:
                 row.append(str(largest_batch(config, other, memory_gb)))
             rows.append(row)
-    widths = [max(len(row[i]) for row in [heads, *rows])
-              for i in range(len(heads))]
-    return ['  '.join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                      for i, (cell, width) in enumerate(
-                          zip(row, widths, strict=True))).rstrip()
-            for row in [heads, *rows]]
+    return format_table(heads, rows, left=(0, 1))
 
 
 def print_dry_run(options: dict, plan: dict, dataset, world_size: int):
@@ -136,7 +132,7 @@ def print_plan(config, options: dict, plan: dict, *, gpu: Gpu | None,
                setting: Setting, mfu: float, train_tokens: int | None):
     """The plan of a run: `plan` holds tokens_per_iter and max_iters, `gpu`
     is None where peaks and memory are not known."""
-    total, non_embedding = count_parameters(config)
+    counts = count_parameters(config)
     full, causal = flops_per_token(config)
     tokens = plan['tokens_per_iter'] * plan['max_iters']
     n = setting.world_size
@@ -145,7 +141,8 @@ def print_plan(config, options: dict, plan: dict, *, gpu: Gpu | None,
         gpu.bf16 if setting.dtype == 'bfloat16' else gpu.fp32)
     rows = [
         ('architecture', config.get_architecture_name()),
-        ('parameters', f'{total:,} ({non_embedding:,} non-embedding)'),
+        ('parameters', f'{counts["total"]:,} '
+                       f'({counts["non_embedding"]:,} non-embedding)'),
         ('FLOPs', f'{full / 1e9:.4g} G a token ({causal / 1e9:.4g} G causal), '
                   f'{full * tokens:.3g} in all'),
         ('batch', f'{setting.batch_size} x {config.block_size} tokens x '
@@ -166,12 +163,10 @@ def print_plan(config, options: dict, plan: dict, *, gpu: Gpu | None,
                              'device'))
     checkpoints = options['keep_checkpoints'] + 2  # the best, and a new one
     rows.append(('disk', f'{4 * (train_tokens or tokens) / 1e9:,.1f} GB of '
-                         f'training tokens, {12 * total / 1e9:,.1f} GB a '
+                         f'training tokens, '
+                         f'{12 * counts["total"] / 1e9:,.1f} GB a '
                          f'checkpoint, {checkpoints} at most'))
-    for key, value in rows:
-        print(textwrap.fill(value, 80, initial_indent=f'{key:13} ',
-                            subsequent_indent=14 * ' ',
-                            break_long_words=False, break_on_hyphens=False))
+    print_rows(rows)
     overhead = OVERHEAD_GB.get(setting.device_type)
     notes = ('Memory of each device at the fullest moment of a step (1 GB is '
              '1e9 bytes); * as configured')
@@ -179,5 +174,5 @@ def print_plan(config, options: dict, plan: dict, *, gpu: Gpu | None,
         notes += f'; {overhead} GB for the context in the total'
     if memory_gb:
         notes += '; ! does not fit; batch: the largest batch_size that does'
-    print('\n' + textwrap.fill(notes + '.', 80) + '\n')
-    print('\n'.join(memory_table(config, setting, options, memory_gb)))
+    print('\n' + textwrap.fill(notes + '.', WIDTH) + '\n')
+    print(memory_table(config, setting, options, memory_gb))

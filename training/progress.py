@@ -5,6 +5,7 @@ import time
 from tqdm import tqdm
 
 from training.device import peak_memory_gb, synchronize
+from training.terminal import duration
 
 
 class Progress:
@@ -149,14 +150,6 @@ def train_line(values: dict, max_iters: int) -> str:
                      f'{values["tflops"]:.3g} TFLOP/s')
     parts.append(f'{values["memory_gb"]:.1f} GB')
     return '  '.join(parts)
-
-
-def duration(seconds: float) -> str:
-    """1.5 h, 12 min or 40 s."""
-    for unit, length in (('d', 86400), ('h', 3600), ('min', 60)):
-        if seconds >= 2 * length:
-            return f'{seconds / length:.1f} {unit}'
-    return f'{seconds:.0f} s'
 
 
 class Wandb:

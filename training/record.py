@@ -1,9 +1,8 @@
 """The record of a run (run.json), its comparison, and the startup report."""
 
-import textwrap
-
 from training.flops import flops_per_token
 from training.run_log import RunError, source_commit, versions
+from training.terminal import print_rows
 
 # architecture fields that change how the model computes, not what
 FREE_FIELDS = ('attention_backend',)
@@ -137,8 +136,5 @@ def print_report(record, run, plan, start_step):
     rows += [(option, 'has no effect: one process has nothing to share')
              for option in ('use_zero1', 'use_fsdp')
              if options[option] and record['world_size'] == 1]
-    for key, value in rows:
-        print(textwrap.fill(value, 80, initial_indent=f'{key:13} ',
-                            subsequent_indent=14 * ' ',
-                            break_long_words=False, break_on_hyphens=False))
+    print_rows(rows)
     print(flush=True)

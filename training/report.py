@@ -10,14 +10,15 @@ from html import escape
 from pathlib import Path
 
 from training.comparison_input import Comparison
-from training.figures import COLOURS, STYLES, inline_svgs
-from training.run_log import write_whole
+from training.durable import write_text
+from training.figures import inline_svgs, look_of
 from training.run_summary import (
     SPIKE_RATIO,
     SPIKE_WINDOW,
     RunSummary,
 )
 from training.tables import Table
+from training.terminal import show
 
 # differ in every run and change nothing
 SKIPPED = ('out_dir', 'init_from', 'wandb_run_name')
@@ -88,7 +89,7 @@ NOTES = (
 def write_report(path: Path, comparison: Comparison, tables: list[Table],
                  warnings: list[str], lines: list[str], command: str, base):
     """Written aside and renamed: a reader sees the old page or the new."""
-    write_whole(path, page(comparison, tables, warnings, lines, command, base))
+    write_text(path, page(comparison, tables, warnings, lines, command, base))
 
 
 def page(comparison, tables, warnings, lines, command, base) -> str:
@@ -141,13 +142,13 @@ def table_html(table: Table) -> str:
 
 
 def legend(comparison: Comparison) -> str:
-    """Which colour is whose, as figures.look_of gives them out."""
-    items = []
-    for i, group in enumerate(comparison.groups):
-        line = LINES[STYLES[i // len(COLOURS) % len(STYLES)]]
+    """Which colour is whose."""
+    looks, items = look_of(comparison.groups), []
+    for group in comparison.groups:
+        look = looks[id(group.runs[0])]
         items.append(
-            f'<li><span style="border-color:{COLOURS[i % len(COLOURS)]};'
-            f'border-top-style:{line}"></span>{escape(group.label)}</li>')
+            f'<li><span style="border-color:{look["color"]};border-top-style:'
+            f'{LINES[look["linestyle"]]}"></span>{escape(group.label)}</li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -193,10 +194,6 @@ def differences(runs: list[RunSummary]) -> str:
 
 def mark(value: str) -> str:
     return f'<mark>{escape(value)}</mark>'
-
-
-def show(value) -> str:
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def run_html(run: RunSummary) -> str:

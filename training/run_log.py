@@ -12,13 +12,10 @@
     out_dir/latest      link to the newest run
 """
 
-import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -26,6 +23,8 @@ from pathlib import Path
 
 import numpy
 import torch
+
+from training.durable import FolderHeld, hold_lock, naming, point_to, write_json
 
 FORMAT_VERSION = 1
 
@@ -39,7 +38,13 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._lock = hold_lock(self.folder)
+        try:
+            self._lock = hold_lock(self.folder)
+        except FolderHeld as error:
+            raise RunError(
+                f'{folder} is being trained by {error.holder}: wait for it, '
+                'stop it, or start a new run with --init_from=scratch'
+            ) from None
         self._metrics = open(self.folder / 'metrics.jsonl', 'ab')
 
     @classmethod
@@ -108,79 +113,6 @@ class SilentRun:
 
     def close(self):
         pass
-
-
-def hold_lock(folder: Path):
-    """The open lock of a folder; RunError where another process holds it."""
-    # flock, since the kernel drops it with the process, however that ends
-    lock = open(folder / 'lock', 'a+')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or 'another process'
-        lock.close()
-        raise RunError(f'{folder} is being trained by {holder}: wait for it, '
-                       'stop it, or start a new run with '
-                       '--init_from=scratch') from None
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {platform.node()}\n')
-    lock.flush()
-    return lock
-
-
-def is_running(folder) -> bool:
-    """Whether some process holds the run's lock."""
-    path = Path(folder) / 'lock'
-    if not path.exists():
-        return False
-    with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def naming(path: Path):
-    """An OSError of a write, on a full disk, does not know its file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def fsync(path: Path):
-    """Make a file's content, or the renames in a folder, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json(path: Path, value):
-    write_whole(path, json.dumps(value, indent=2) + '\n')
-
-
-def write_whole(path: Path, text: str):
-    """Write aside, fsync, rename: a reader sees the old file or the new."""
-    part = path.with_name(f'.{path.name}.part')
-    with naming(path), open(part, 'w', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def point_to(link: Path, target: str):
-    """Make `link` a relative symbolic link to `target`, atomically."""
-    part = link.with_name(f'.{link.name}.part')
-    part.unlink(missing_ok=True)
-    part.symlink_to(target)
-    os.replace(part, link)
 
 
 # --- reading ---------------------------------------------------------------

@@ -9,10 +9,10 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.durable import is_held
 from training.eval_results import read_results, tasks_at
 from training.run_log import (
     RunError,
-    is_running,
     read_lines,
     read_metrics,
     read_record,
@@ -216,7 +216,7 @@ def summarize(folder: Path) -> RunSummary:
     ends = [r['status'] for r in whole if r['kind'] == 'end']
     lines, _ = read_lines(folder)
     status = ends[-1] if ends else (
-        'running' if is_running(folder) else 'incomplete')
+        'running' if is_held(folder) else 'incomplete')
     trains = by_step(whole, 'train')
     evals = [r for r in by_step(whole, 'eval')
              if r['val_loss'] is not None]  # None: it was not finite

@@ -29,39 +29,33 @@ EVAL_BYTES = 1_000_000
 CPU_EVAL_BYTES = 20_000  # more takes a large model longer than its training
 
 
-def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
-    """What the options come to, or one ConfigError with all that is wrong."""
-    problems = []
+class Problems(list):
+    """What is wrong, from every check that was made."""
 
-    def attempt(function, *arguments):
+    def attempt(self, function, *arguments):
+        """Its result; None where it raises ValueError, which is noted."""
         try:
             return function(*arguments)
         except ValueError as error:
-            problems.extend(getattr(error, 'problems', [str(error)]))
+            self.extend(getattr(error, 'problems', [str(error)]))
         return None
 
-    config = attempt(build_architecture, options, dataset)
-    device = attempt(resolve_device, options['device'], ranks.local_rank)
+
+def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
+    """What the options come to, or one ConfigError with all that is wrong."""
+    problems = Problems()
+    plan = problems.attempt(derive, options, dataset, ranks)
+    device = problems.attempt(resolve_device, options['device'],
+                              ranks.local_rank)
     if device is not None and options['compile']:
-        attempt(check_compiler, device)
-    problems += contradictions(options)
-    if options['export_hf_at_end'] and config is not None:
-        attempt(config_to_hf, config)
-    plan = {'config': config, 'device': device}
-    if config is not None:
-        train_tokens = dataset.split('train').tokens
-        if train_tokens < config.block_size + 1:
-            problems.append(
-                f'the training split of {dataset.name} has {train_tokens} '
-                f'tokens, a sequence needs block_size + 1 = '
-                f'{config.block_size + 1}: set a smaller --block_size')
-        batch = attempt(resolve_batch, options, config, ranks)
-        if batch is not None:
-            plan |= batch
-    plan['schedule'] = attempt(resolve_schedule, options, plan.get(
-        'max_iters', options['max_iters']))
+        problems.attempt(check_compiler, device)
+    if ranks.world_size > 1 and options['device'].startswith('cuda:'):
+        problems.append(f'device={options["device"]}: each of several '
+                        'processes takes a GPU of its own; give cuda')
     if problems:
         raise ConfigError(problems)
+    config = plan['config']
+    plan['device'] = device
     plan['dtype'] = computing_dtype(device, options['dtype'])
     plan['recomputation'] = recomputation(options)
     plan['attention'] = attention_in_use(
@@ -71,6 +65,32 @@ def resolve(options: dict, dataset: Dataset, ranks: Ranks) -> dict:
         plan['device_name'], plan['dtype'][0])
     plan['eval_bytes'] = options['eval_bytes'] or (
         CPU_EVAL_BYTES if device.type == 'cpu' else EVAL_BYTES)
+    return plan
+
+
+def derive(options: dict, dataset, ranks: Ranks) -> dict:
+    """What the options come to on any device: config, accumulation,
+    tokens_per_iter, max_iters, schedule. ConfigError with all problems.
+
+    `dataset` is a Dataset, or an AbsentDataset for a plan.
+    """
+    problems = Problems(contradictions(options))
+    config = problems.attempt(build_architecture, options, dataset)
+    plan = {'config': config}
+    if config is not None:
+        if options['export_hf_at_end']:
+            problems.attempt(config_to_hf, config)
+        train = dataset.splits.get('train')
+        if train and train.tokens < config.block_size + 1:
+            problems.append(
+                f'the training split of {dataset.name} has {train.tokens} '
+                f'tokens, a sequence needs block_size + 1 = '
+                f'{config.block_size + 1}: set a smaller --block_size')
+        plan |= problems.attempt(resolve_batch, options, config, ranks) or {}
+    plan['schedule'] = problems.attempt(
+        resolve_schedule, options, plan.get('max_iters', options['max_iters']))
+    if problems:
+        raise ConfigError(problems)
     return plan
 
 

@@ -24,13 +24,12 @@ from training.checkpoint import (
     load_checkpoint,
     load_published,
     note_val_loss,
-    on_main,
     save_checkpoint,
     verify_checkpoint,
 )
 from training.configurator import ConfigError, configure
 from training.data_loader import EvalSet, TrainLoader
-from training.dataset import Dataset, open_dataset
+from training.dataset import open_dataset
 from training.distributed import (
     OtherRankFailed,
     Ranks,
@@ -39,12 +38,14 @@ from training.distributed import (
     contact,
     join,
     leave,
+    on_main,
     ranks_of_environment,
     set_timeout,
     values_of_ranks,
 )
+from training.durable import is_held
+from training.hf_folder import HUB
 from training.initial_model import (
-    HUB,
     adopt_architecture,
     check_vocabulary,
     find_published,
@@ -55,7 +56,6 @@ from training.run_log import (
     Run,
     RunError,
     SilentRun,
-    is_running,
     read_metrics,
     read_record,
     resolve_run,
@@ -77,7 +77,6 @@ class Job:
     options: dict
     ranks: Ranks
     config: ModelArchitectureConfig
-    dataset: Dataset
     device: torch.device
     dtype: str             # what the matmuls really run in
     activation_checkpointing: str  # what really runs
@@ -264,7 +263,7 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     if ranks.is_main:
         print_report(record, run, plan, start_step)
     return Job(
-        options=options, ranks=ranks, config=plan['config'], dataset=dataset,
+        options=options, ranks=ranks, config=plan['config'],
         device=device, dtype=plan['dtype'][0],
         activation_checkpointing=plan['recomputation'][0], run=run, model=model,
         strategy=strategy, loader=loader, eval_set=eval_set,
@@ -310,19 +309,17 @@ def timeout_of(parsed) -> float:
 
 def find_resumed(options: dict, ranks: Ranks) -> Path | None:
     """The run folder to continue, as rank 0 sees it; None to start anew."""
-    found = None
-
     def find():
-        nonlocal found
+        found = None
         if options['init_from'] == 'resume':
             found = resolve_run(options['out_dir'])
         elif options['init_from'] == 'auto':
             found = unfinished_run(options)
-        if found and is_running(found):
+        if found and is_held(found):
             Run(found)  # raises the error that names the holder
+        return found
 
-    on_main(ranks, find)
-    text = broadcast_text(str(found or ''))
+    text = broadcast_text(str(on_main(ranks, find) or ''))
     return Path(text) if text else None
 
 
@@ -398,12 +395,11 @@ def _run_or_checkpoint(path) -> Path:
 
 def open_run(resumed, start_step, parsed, record, ranks):
     """(run, its metrics so far): a new folder, or the resumed one."""
-    run, records = None, []
     spread = {key: record[key]
               for key in ('world_size', 'strategy', 'device')}
 
     def opened():
-        nonlocal run, records
+        records = []
         if resumed:
             run = Run.reopen(resumed)
             was = read_record(resumed)['options']
@@ -417,8 +413,9 @@ def open_run(resumed, start_step, parsed, record, ranks):
             run = Run.create(parsed.values['out_dir'])
             run.write_record(record)
             run.append('start', step=0, **spread)
+        return run, records
 
-    on_main(ranks, opened)
+    run, records = on_main(ranks, opened) or (None, [])
     folder = broadcast_text(str(run.folder) if run else '')
     if not ranks.is_main:
         run = SilentRun(folder)

@@ -12,9 +12,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from model_builder import ConfigurableGPT
 from training.configurator import (
     ConfigError,
     Option,
@@ -26,11 +23,9 @@ from training.configurator import (
 from training.dataset import open_dataset
 from training.distributed import Ranks
 from training.flops import flops_per_token
-from training.settings import (
-    build_architecture,
-    resolve_batch,
-    resolve_schedule,
-)
+from training.memory import count_parameters
+from training.settings import build_architecture, derive
+from training.terminal import show
 
 # what may stand in a config file of sweep.py beside train.py's options
 SWEEP_OPTIONS = {name: Option(name, kind, default, comment, 'sweep')
@@ -235,14 +230,10 @@ def label(name: str, value) -> str:
     return str(value) if name == 'arch_preset' else f'{name}={show(value)}'
 
 
-def show(value) -> str:
-    return f'{value:g}' if isinstance(value, float) else str(value)
-
-
-def resolved(given: dict, schema: dict):
-    """(all options, architecture) of train.py under given ones."""
+def architecture_of(given: dict, schema: dict):
+    """That of train.py under given options."""
     values = parse(schema, [], base=given).values
-    return values, build_architecture(values, dataset_of(values['dataset']))
+    return build_architecture(values, dataset_of(values['dataset']))
 
 
 @functools.cache
@@ -253,8 +244,8 @@ def dataset_of(name: str):
 def walk_configurations(sweep, given, schema) -> list[Configuration]:
     """From one preset to the other, one component at a time, in WALK's order;
     components in which they do not differ are passed over."""
-    _, begin = resolved(given | {'arch_preset': sweep['walk_from']}, schema)
-    _, end = resolved(given | {'arch_preset': sweep['walk_to']}, schema)
+    begin, end = (architecture_of(given | {'arch_preset': sweep[name]}, schema)
+                  for name in ('walk_from', 'walk_to'))
     other = [name for name in SIZES if getattr(begin, name)
              != getattr(end, name)]
     if other:
@@ -281,25 +272,17 @@ def walk_configurations(sweep, given, schema) -> list[Configuration]:
 # --- equal parameters --------------------------------------------------------
 
 
-def count_parameters(config) -> dict:
-    """Total and non-embedding parameters, counted on a model without memory."""
-    with torch.device('meta'):
-        model = ConfigurableGPT(config)
-    return {'total': model.get_num_params(),
-            'non_embedding': model.get_num_params(non_embedding=True)}
-
-
 def choose_d_ff(configuration, sweep, given, schema):
     """The d_ff whose parameters come nearest to the number that is asked for.
 
     They grow linearly with d_ff. A multiple of 64 at widths from 1024 on, of
-    4 below: matmuls of odd sizes are slow.
+    4 below: matmuls of odd sizes are slow. Nothing is chosen where no number
+    is asked for. Raises ValueError for an architecture that is none.
     """
+    config = architecture_of(given | configuration.options, schema)
     kind, wanted = (('total', sweep['equal_total_params'])
                     if sweep['equal_total_params']
                     else ('non_embedding', sweep['equal_params']))
-    options = given | configuration.options
-    _, config = resolved(options, schema)
     if wanted is None:
         return
     step = 64 if config.n_embd >= 1024 else 4
@@ -348,16 +331,16 @@ def tune_cells(configuration, sweep, given, schema, folder) -> list[Cell]:
 def make_cell(configuration, options, schema, sweep, folder, tuning=False):
     """Checks its options as train.py will; ConfigError if they are wrong."""
     ranks = Ranks(world_size=sweep['nproc_per_node'])
-    values, config = resolved(options, schema)
-    batch = resolve_batch(values, config, ranks)
-    resolve_schedule(values, batch['max_iters'])
+    values = parse(schema, [], base=options).values
+    plan = derive(values, dataset_of(values['dataset']), ranks)
+    config = plan['config']
     per_token, _ = flops_per_token(config)
     return Cell(
         configuration=configuration, folder=folder, values=values,
         d_ff=config.d_ff,
         argv=[f'--{name}={value}' for name, value in options.items()],
-        max_iters=batch['max_iters'], flops_per_token=per_token,
-        flops=per_token * batch['tokens_per_iter'] * batch['max_iters'],
+        max_iters=plan['max_iters'], flops_per_token=per_token,
+        flops=per_token * plan['tokens_per_iter'] * plan['max_iters'],
         parameters=count_parameters(config), seed=values['seed'],
         dataset=dataset_of(values['dataset']).fingerprint, tuning=tuning)
 

@@ -20,17 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training.progress import duration
+from training.durable import FolderHeld, hold_lock, is_held
 from training.run_log import (
     RunError,
-    hold_lock,
-    is_running,
     read_metrics,
     read_record,
     resolve_run,
 )
 from training.startup import FREE_WHEN_RESUMED
 from training.sweep_plan import OWN_OPTIONS, Cell
+from training.terminal import duration
 
 POLL_S = 0.2
 LOOK_S = 2.0  # how often the steps of running cells are read
@@ -147,7 +146,7 @@ class Runner:
         cell.folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = hold_lock(cell.folder)
-        except RunError:
+        except FolderHeld:
             self.say(f'{name_of(cell)}: still being trained; waiting for it')
             self._live[str(cell.folder)] = Live(cell, None)
             return
@@ -226,7 +225,7 @@ class Live:
         if self.abandoned:
             return True
         if self.process is None:
-            return not is_running(self.cell.folder)
+            return not is_held(self.cell.folder)
         return self.process.poll() is not None
 
     def share(self) -> float:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from training.comparison import METRICS, Group, Lead
 from training.eval_results import main_metric
-from training.progress import duration
 from training.run_summary import RunSummary
 from training.sanity import slopes
 from training.spread import difference
-
-WIDTH = 80  # of a terminal
+from training.terminal import duration, number, short
 
 
 @dataclass
@@ -20,33 +18,6 @@ class Table:
     title: str
     head: tuple
     rows: list[tuple]
-
-
-def short(value) -> str:
-    """1234567 -> 1.23M; None -> '-'."""
-    if value is None:
-        return '-'
-    for unit, size in (('E', 1e18), ('P', 1e15), ('T', 1e12), ('B', 1e9),
-                       ('M', 1e6), ('k', 1e3)):
-        if value >= size:
-            return f'{value / size:.3g}{unit}'
-    return f'{value:.3g}'
-
-
-def number(value, spec, unit='') -> str:
-    return '-' if value is None else format(value, spec) + unit
-
-
-def format_table(head: tuple, rows: list[tuple]) -> str:
-    """Columns of text: the first and the last flush left, numbers right."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) if i in (0, len(widths) - 1)
-                  else cell.rjust(width)
-                  for i, (cell, width) in enumerate(
-                      zip(line, widths, strict=True))).rstrip()
-        for line in lines)
 
 
 def run_tables(runs: list[RunSummary], dollars=None) -> list[Table]:

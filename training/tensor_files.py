@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from training.run_log import write_json
+from training.durable import write_json
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from training.run_log import RunError, fsync, hold_lock, naming
+from training.durable import FolderHeld, fsync, hold_lock, part_path
 
 OURS = ('config.json', 'state.json')  # what a folder of a model has
 
@@ -23,7 +23,7 @@ def whole_folder(out, overwrite: bool = False):
     and `overwrite` is true, and where another process writes it.
     """
     out = Path(out).expanduser().absolute()
-    part = out.with_name(f'.{out.name}.part')
+    part = part_path(out)
     old = out.with_name(f'.{out.name}.old.part')
     out.parent.mkdir(parents=True, exist_ok=True)
     if old.exists() and not out.exists():
@@ -32,7 +32,7 @@ def whole_folder(out, overwrite: bool = False):
     part.mkdir(exist_ok=True)
     try:
         lock = hold_lock(part)
-    except RunError:
+    except FolderHeld:
         raise OutputError(f'{out} is being written by another process: wait '
                           'for it, or name another folder') from None
     with lock:
@@ -66,12 +66,3 @@ def check_free(out: Path, overwrite: bool):
     if out.is_symlink() or not any((out / name).is_file() for name in OURS):
         raise OutputError(f'{out} exists and is no folder of a model, so it '
                           'is not replaced: name another folder')
-
-
-def write_bytes(path: Path, content: bytes):
-    """A new file, durable when this returns."""
-    path.parent.mkdir(exist_ok=True)
-    with naming(path), open(path, 'xb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
