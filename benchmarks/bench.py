@@ -41,6 +41,7 @@ from training.device import (  # noqa: E402
 from training.distributed import ranks_of_environment  # noqa: E402
 from training.memory import memory_plan  # noqa: E402
 from training.planning import setting_of  # noqa: E402
+from training.stop_signals import NO_STOP  # noqa: E402
 
 TRAIN = ROOT / 'train.py'
 PARTS = ('loader', 'forward', 'backward', 'optimizer', 'other')
@@ -60,16 +61,6 @@ class OutOfMemory(Exception):
 
 class Measured(Exception):
     """All updates have been timed: the endless run may end."""
-
-
-class Nothing:
-    """No signal: Ctrl-C ends a benchmark at once, without a checkpoint."""
-
-    def agreed(self):
-        return 0
-
-    def check(self):
-        pass
 
 
 class Stopwatch:
@@ -222,10 +213,10 @@ def measure(argv, *, warmup=3, updates=10, split=3):
         try:
             with contextlib.redirect_stdout(sys.stderr), built_on(device):
                 job = startup.start(vars(script), str(TRAIN),
-                                    [*argv, *given], Nothing())
+                                    [*argv, *given], NO_STOP)
                 watch = Stopwatch(job, warmup, updates, split)
                 with contextlib.suppress(Measured), job:
-                    script.train(job, Nothing())
+                    script.train(job, NO_STOP)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(str(error)) from error
         except RuntimeError as error:

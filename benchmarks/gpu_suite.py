@@ -308,13 +308,13 @@ def training(smoke, deadline):
         text = write_text(folder / 'text', smoke)
         options |= dict(dataset=folder / 'text', out_dir=folder / 'out',
                         max_iters=100, warmup_iters=10, eval_interval=100)
+        limit = min(110, max(1, deadline - time.monotonic()))
         status, output = run_limited(
             [sys.executable, ROOT / 'train.py',
-             *(f'--{k}={v}' for k, v in options.items())],
-            min(110, max(1, deadline - time.monotonic())))
-        if status:
-            return ['failed'], [f'train.py ended with status {status}: '
-                        f'{last_line(output)}'], {}
+             *(f'--{k}={v}' for k, v in options.items())], limit)
+        if status != 0:
+            what = how_it_ended(status, output, limit)
+            return [what], [f'train.py {what}'], {}
         metrics = folder / 'out' / 'latest' / 'metrics.jsonl'
         records = [json.loads(line)
                    for line in metrics.read_text().splitlines()]
@@ -346,7 +346,8 @@ def write_text(folder, smoke):
              '--out', folder], 120)
         if status == 0:
             return 'standard library'
-        print(f'bytes in place of the standard library: {last_line(output)}')
+        print('bytes in place of the standard library: '
+              + how_it_ended(status, output, 120))
         shutil.rmtree(folder, ignore_errors=True)
     from training.dataset import DatasetWriter
     writer = DatasetWriter(
@@ -422,10 +423,11 @@ def sweep(smoke, deadline):
         else:
             shares = [f'{result[key]:.1%}' if result[key] else ''
                       for key in ('mfu', 'mfu_causal')]
-            ratios.append(result['peak_over_plan'])
+            if result['peak_over_plan']:
+                ratios.append(result['peak_over_plan'])
             lines.append(row(
                 *cells, f'{result["tokens_per_s"]:,.0f}', *shares,
-                *(f'{result[key]:.2f}' for key in (
+                *(f'{result[key]:.2f}' if result[key] else '' for key in (
                     'peak_gb', 'planned_gb', 'peak_over_plan'))))
         print(lines[-1], file=sys.stderr, flush=True)
     if ratios:
@@ -445,9 +447,8 @@ def run_bench(arguments, limit, smoke):
              '--warmup', '2', '--updates', '3', '--split', '1'], limit)
         if path.exists():
             return json.loads(path.read_text())
-    if status is None:
-        return {'error': f'stopped after {limit:.0f} s', 'reason': ''}
-    return {'error': 'failed', 'reason': last_line(output)}
+    return {'error': 'no results',
+            'reason': how_it_ended(status, output, limit)}
 
 
 # --- running the parts -------------------------------------------------------
@@ -503,14 +504,16 @@ def run_part(name, smoke, limit):
              *(['--smoke'] if smoke else [])], limit)
         if status == 0:
             return json.loads(path.read_text())
-    what = f'stopped after {limit:.0f} s' if status is None else (
-        f'ended with status {status}: {last_line(output)}')
+    what = how_it_ended(status, output, limit)
     print(output[-3000:], file=sys.stderr)
     return [what], [f'{name} {what}'], {}
 
 
-def last_line(output):
-    return (output.strip().splitlines() or ['nothing said'])[-1]
+def how_it_ended(status, output, limit):
+    if status is None:
+        return f'stopped after {limit:.0f} s'
+    last_line = (output.strip().splitlines() or ['nothing said'])[-1]
+    return f'ended with status {status}: {last_line}'
 
 
 def run_parts(names, smoke, deadline):

@@ -70,7 +70,7 @@ def parse_arguments():
 
 
 def find_texts(folders, limit):
-    """(path, size) of distinct text files, mixed, up to `limit` bytes."""
+    """(path, data) of distinct text files, mixed, up to `limit` bytes."""
     found = {}
     for folder in folders:
         for parent, _, names in os.walk(folder):

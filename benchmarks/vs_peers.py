@@ -284,7 +284,7 @@ def memory_of(name, options) -> float:
     for flag in 'eager', 'smoke':
         if options[flag]:
             command.append(f'--{flag}')
-    output = subprocess.run(command, check=True, capture_output=True,
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE,
                             text=True).stdout
     return int(output) / 1e9
 

@@ -31,7 +31,7 @@ weight_decay = 1e-1
 # system
 dtype = 'bfloat16'
 compile = True
-activation_memory_budget = 0.9  # cheap ones again: see plan.py
+activation_memory_budget = 0.9  # the cheap activations again
 use_zero1 = True
 use_fsdp = False
 

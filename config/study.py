@@ -1,6 +1,6 @@
 """Two million tokens for 0.8 million non-embedding parameters, on a CPU.
 
-2 x 4 x 128 tokens x 1,954 updates = 2.0 million tokens, 0.63 of an epoch of
+8 x 128 tokens x 1,954 updates = 2.0 million tokens, 0.63 of an epoch of
 Python's standard library. What config/study_presets.py and study_walk.py
 share.
 

@@ -8,7 +8,6 @@ Special-token text inside a document is plain text.
 """
 
 import hashlib
-import os
 import re
 import unicodedata
 import zlib
@@ -76,10 +75,11 @@ def border_of(content):
     if (
         content["normalizer"] not in (None, {"type": "NFC"})
         or last.get("type") != "ByteLevel"
-        or last["add_prefix_space"]
+        or last.get("add_prefix_space", True)
     ):
         return None
-    if not splits and last["use_regex"]:  # GPT-2's
+    # what a file leaves out is true: the official GPT-2's has no use_regex
+    if not splits and last.get("use_regex", True):  # GPT-2's
         return re.compile(WORD)
     if len(patterns) == 1 and patterns[0] in LINE_PATTERNS:
         return re.compile(WORD + b"|" + LINE)
@@ -380,8 +380,6 @@ def encoded(blocks, encode, num_proc):
         for block in blocks:
             yield block._replace(records=[]), encode(block)
         return
-    # For the pools of both libraries, which are made when first used.
-    os.environ["RAYON_NUM_THREADS"] = str(num_proc)
     pool, waiting = ThreadPoolExecutor(2), deque()
 
     def first():

@@ -19,13 +19,16 @@ def parse_arguments(corpus, doc, arguments=None):
     add("--input", nargs="+", metavar="PATH", required=not given,
         default=[corpus.inputs] if given else None,
         help="files, folders, or hub:OWNER/NAME[@REVISION][:PATTERN]"
-        " (default: %(default)s)")
+        + (f" (default: {corpus.inputs})" if given else ""))
     add("--tokenizer", metavar="PATH", required=corpus.tokenizer is None,
         help="tokenizer.json, tokenizer.model, a folder with one,"
         f" {', '.join(KNOWN)} or a hub repository"
-        f" (default: {corpus.tokenizer})")
-    add("--out", type=Path, help=f"folder (default: {corpus.folder})")
-    add("--name", help="name of the dataset (default: that of --out)")
+        + (f" (default: {corpus.tokenizer})" if corpus.tokenizer else ""))
+    own = corpus.tokenizer is not None  # a corpus with a folder of its own
+    add("--out", type=Path, help="folder (default: "
+        + (f"{corpus.folder})" if own else "data/NAME)"))
+    add("--name", help="name of the dataset (default: "
+        + (f"{corpus.folder.name})" if own else "that of --out)"))
     add("--column", default="text", help="with the text (default: text)")
     add("--max_documents", type=count, metavar="N",
         help="read only the first N records")
@@ -37,8 +40,10 @@ def parse_arguments(corpus, doc, arguments=None):
         " surrogate (default: stop)")
     add("--val_share", type=share, default=corpus.val_share,
         help="of the documents, for validation (default: %(default)s)")
-    add("--encoder", choices=("auto", "tokenizers"), default="auto")
-    add("--overwrite", action="store_true", help="replace another dataset")
+    add("--encoder", choices=("auto", "tokenizers"), default="auto",
+        help="auto: gigatoken, where its ids are those of tokenizers")
+    add("--overwrite", action="store_true",
+        help="replace another dataset; throw away an unfinished one")
     if corpus.tokenizer is None:
         add("--eot_token", help="end of text (default: the usual one)")
         add("--vocab_size", type=count, help="embedding rows")

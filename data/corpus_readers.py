@@ -26,6 +26,7 @@ HUB = "hub:"
 HUB_TIMEOUT_S = 10
 ENDS_BYTES = 2**16
 LONG_BYTES = 2**24
+ARROW_FILE = b"ARROW1"  # a stream begins otherwise
 # Where a JSON string may be cut: after six bytes no escape is open, nor is
 # half of a surrogate pair behind; never inside a character.
 NO_ESCAPE = re.compile(rb"(?<=[^\\]{6})[\x00-\x7f\xc0-\xff]")
@@ -165,17 +166,18 @@ def _hub_files(spec):
         said = " ".join(str(error).split())
         raise CorpusError(
             f"the hub gave no list of {repo}: {type(error).__name__}: {said}\n"
-            + _by_hand(repo, pattern)
+            + _by_hand(repo, pattern, revision)
         ) from error
     if not files:
         raise CorpusError(f"{repo} on the hub has no files {pattern or '*'}")
     return sorted(files)
 
 
-def _by_hand(repo, pattern):
+def _by_hand(repo, pattern, revision):
     return (
         "Without a network: on a machine that has one, run\n"
         f"    hf download {repo} --repo-type dataset"
+        f"{f' --revision {revision}' if revision else ''}"
         f" --include '{pattern or '*'}' --local-dir DIR\n"
         "bring DIR here and give it as --input DIR. (A repository that asks"
         " for a login: `hf auth login`.)"
@@ -207,8 +209,9 @@ def local_path(file):
     except Exception as error:  # see _hub_files
         raise CorpusError(
             f"the hub gave no {file.name} of {repo}: {error}\n"
-            "Run the same command again to continue. "
-            + _by_hand(repo, file.name)
+            "Run the same command again to continue, where the hub is in"
+            " reach; or begin anew with files brought here: --input DIR"
+            " --overwrite"
         ) from error
 
 
@@ -321,7 +324,17 @@ def _read_parquet(file, path, column):
 
 
 def _read_arrow(file, path, column):
+    """Of both formats of Arrow; a record batch, however large, is a block."""
     with pa.memory_map(str(path)) as source:
+        if source.read(len(ARROW_FILE)) == ARROW_FILE:
+            with pa.ipc.open_file(source) as table:
+                _check_column(path, table.schema, column)
+                n = table.num_record_batches
+                for i in range(n):
+                    batch = table.get_batch(i)
+                    yield _texts_of(batch.column(column)), (i + 1) / n
+            return
+        source.seek(0)
         with pa.ipc.open_stream(source) as batches:
             _check_column(path, batches.schema, column)
             for batch in batches:

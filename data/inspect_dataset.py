@@ -97,14 +97,18 @@ def inspect(options):
     print("\n".join(describe(dataset)))
     tokenizer = load_tokenizer(dataset)
     split = dataset.split(options.split)
-    if not 0 <= options.offset < split.tokens or options.count < 1:
+    if (
+        not 0 <= options.offset < split.tokens
+        or options.count < 1
+        or not 1 <= options.windows <= split.tokens - options.offset
+    ):
         raise DatasetError(
-            f"--offset={options.offset} --count={options.count}:"
-            f" {options.split} has tokens 0 .. {split.tokens - 1}, and at"
-            " least one is shown"
+            f"--offset={options.offset} --count={options.count}"
+            f" --windows={options.windows}: {options.split} has tokens 0 .."
+            f" {split.tokens - 1}, and at least one is shown"
         )
-    step = (split.tokens - options.offset) // max(options.windows, 1)
-    for i in range(max(options.windows, 1)):
+    step = (split.tokens - options.offset) // options.windows
+    for i in range(options.windows):
         start = options.offset + i * step
         count = min(options.count, split.tokens - start)
         print(f"\n===== {options.split}, tokens {start} .. {start + count - 1}")

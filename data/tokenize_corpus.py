@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,7 +128,8 @@ def corpus_files(options):
     path, specs = options.out / "manifest.json", list(map(str, options.input))
     if not any(spec.startswith(HUB) for spec in specs):
         return find_inputs(specs)
-    if path.exists() and not options.overwrite:
+    # a merge joins what the shards have read
+    if path.exists() and (options.merge or not options.overwrite):
         manifest = json.loads(path.read_text())
         if manifest["inputs"] == specs:
             return [InputFile(*file) for file in manifest["files"]]
@@ -164,18 +165,23 @@ def is_done(job, overwrite):
     return True
 
 
-def begin(job, overwrite):
+def begin(job):
     """Make the work folder, or find in it what a former run has done."""
     plan = job.work / "plan.json"
     text = json.dumps(job.plan, indent=1)
     if plan.exists() and plan.read_text() != text:
-        if not overwrite:
-            raise CorpusError(
-                f"{job.work} holds an unfinished preparation of other inputs"
-                " or options; give those again to finish it, or --overwrite to"
-                " throw it away"
-            )
-        shutil.rmtree(job.work)
+        other = (
+            f"{job.work} holds an unfinished preparation of other inputs or"
+            " options; give those again to finish it"
+        )
+        if job.options.merge:
+            raise CorpusError(other)
+        if not job.options.overwrite:
+            raise CorpusError(other + ", or --overwrite to throw it away")
+        with ExitStack() as locks:  # nobody is at work on a lane of it
+            for path in job.work.glob("*.lock"):
+                locks.enter_context(locked(path))
+            shutil.rmtree(job.work)
     job.work.mkdir(parents=True, exist_ok=True)
     if not plan.exists():
         write_durably(plan, text.encode())
@@ -183,7 +189,8 @@ def begin(job, overwrite):
 
 def write_durably(path, content):
     # Of several machines that write the same, each has its own name for it.
-    part = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    writer = f"{os.uname().nodename}.{os.getpid()}"
+    part = path.with_name(f".{path.name}.{writer}.part")
     with open(part, "wb") as file:
         file.write(content)
         file.flush()
@@ -218,8 +225,8 @@ def finished_parts(job, lane):
             if size != 4 * record["tokens"]:
                 raise CorpusError(
                     f"{job.work / record['name']} has {size} bytes, not"
-                    f" {4 * record['tokens']}: remove {job.work} and run the"
-                    " same command again"
+                    f" {4 * record['tokens']}: remove"
+                    f" {job.work}/{lane:05d}_* and run the same command again"
                 )
         parts.append(part)
 
@@ -405,7 +412,7 @@ def prepare(options, corpus):
         shutil.rmtree(job.work, ignore_errors=True)
         print(f"{job.folder} already holds this dataset: nothing to do")
         return
-    begin(job, options.overwrite)
+    begin(job)
     if not options.merge:
         index, total = options.shard or (0, 1)
         prepare_lanes(job, list(range(index, len(job.lanes), total)), options)
@@ -419,12 +426,19 @@ def prepare(options, corpus):
     seconds = time.perf_counter() - start
     print(
         f"{job.folder}: {meta['source']['records']:,} records in {seconds:.1f}"
-        f" s; ids of {checked:,} documents agree with those of tokenizers"
+        " s"
+        + (
+            f"; ids of {checked:,} texts agree with those of tokenizers"
+            if checked
+            else ""
+        )
     )
     report(meta)
 
 
 def prepare_lanes(job, lanes, options):
+    # for the pools of both libraries, which are made when first used
+    os.environ["RAYON_NUM_THREADS"] = str(options.num_proc)
     forced = options.encoder == "tokenizers"
     fallback = "--encoder=tokenizers" if forced else None
     encoder = Encoder(job.tokenizer, fallback, options.num_proc)

@@ -133,7 +133,7 @@ QWEN = NEW | {'arch_preset': 'qwen3', 'head_dim': 8}
 CASES = {
     'missing dataset': Case(
         NEW | {'dataset': 'no_such_set'},
-        ['no_such_set', 'python data/no_such_set/prepare.py']),
+        ['no_such_set', 'python data/custom/prepare.py --name no_such_set']),
     'missing dataset folder': Case(
         NEW | {'dataset': './nowhere/set'}, ['nowhere/set', 'prepare.py']),
     'short split': Case(

@@ -23,6 +23,7 @@ from training.dataset import (
     open_dataset,
     verify,
 )
+from training.dataset_record import REPOSITORY, prepare_command
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 300
@@ -396,8 +397,12 @@ def test_reading_beyond_2_to_the_32_bytes(tmp_path):
 def test_names_and_folders(tmp_path, monkeypatch):
     with pytest.raises(DatasetError) as caught:
         open_dataset("no_such_set")
-    assert "python data/no_such_set/prepare.py" in str(caught.value)
-    assert "python_stdlib" in str(caught.value)
+    said = str(caught.value)
+    assert "python data/custom/prepare.py --name no_such_set" in said
+    assert "scripts for custom, python_stdlib, slimpajama" in said
+    assert prepare_command(REPOSITORY / "data" / "python_stdlib") == (
+        "`python data/python_stdlib/prepare.py`"
+    )
     with pytest.raises(DatasetError, match="prepare.py --out"):
         open_dataset(tmp_path / "nowhere")
     refused(tmp_path, "neither meta.json nor bins")

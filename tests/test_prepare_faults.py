@@ -249,9 +249,10 @@ def test_a_part_that_was_cut_is_noticed(corpus, tiny_tokenizer, tmp_path):
     in_child(run, lambda: killed_at(30, out))
     bin = sorted((out / ".prepare").glob("*.train.bin"))[0]
     os.truncate(bin, bin.stat().st_size - 4)
-    with pytest.raises(SystemExit, match=f"remove {out / '.prepare'} and run"):
+    with pytest.raises(SystemExit, match=r"remove .*/\.prepare/00000_\* and"):
         run()
-    shutil.rmtree(out / ".prepare")
+    for path in (out / ".prepare").glob("00000_*"):
+        path.unlink()
     run()
     assert verify(open_dataset(out), progress=False) == []
 

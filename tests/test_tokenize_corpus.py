@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -41,7 +42,9 @@ from data import corpus_encoder, corpus_readers
 from data.corpus_encoder import Encoder
 from data.corpus_readers import CorpusError, find_inputs
 from data.corpus_tokenizer import load_tokenizer
+from data.tokenize_corpus import locked
 from training.dataset import open_dataset, verify
+from training.dataset_writer import NO_HARD_LINKS
 
 EOT = 598  # of the tiny tokenizer
 
@@ -196,6 +199,21 @@ def test_formats_give_the_same_bins(
     assert bins(tmp_path / "set") == bins(made)
 
 
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_both_formats_of_arrow(kind, texts, made, tiny_tokenizer, tmp_path):
+    """Their batches are blocks, so that parts end elsewhere."""
+    table = pa.table({"text": texts})
+    with kind(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=70)
+    prepare(tmp_path / "set", tmp_path / "a.arrow", tiny_tokenizer)
+    for split in "train", "val":
+        joined = [
+            b"".join(f.read_bytes() for f in sorted(d.glob(f"{split}*.bin")))
+            for d in (tmp_path / "set", made)
+        ]
+        assert joined[0] == joined[1]
+
+
 def test_saved_datasets_and_text_files(texts, made, tiny_tokenizer, tmp_path):
     saved = datasets.Dataset.from_dict({"n": range(300), "text": texts})
     saved.save_to_disk(tmp_path / "saved")
@@ -294,6 +312,30 @@ def test_shards_of_many_machines(texts, tiny_tokenizer, tmp_path, monkeypatch,
     capsys.readouterr()
     run("two", "--shard=0/2")
     assert "already holds this dataset" in capsys.readouterr().out
+    # a merge with other options throws no lane away
+    run("three", "--shard=0/1")
+    lanes = contents(tmp_path / "three")
+    with pytest.raises(SystemExit, match="unfinished preparation of other"):
+        run("three", "--merge", "--overwrite", "--val_share=0.3")
+    assert contents(tmp_path / "three") == lanes
+    # nor does another preparation while somebody is at work on one
+    with locked(tmp_path / "three" / ".prepare" / "00002.lock"):
+        with pytest.raises(SystemExit, match="another process is at work"):
+            run("three", "--shard=0/1", "--overwrite", "--val_share=0.3")
+    assert contents(tmp_path / "three") == lanes
+
+
+@pytest.mark.parametrize("number", NO_HARD_LINKS)
+def test_without_hard_links_bins_are_copied(
+    lines, made, tiny_tokenizer, tmp_path, monkeypatch, number
+):
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    prepare(tmp_path / "set", lines, tiny_tokenizer)
+    assert bins(tmp_path / "set") == bins(made)
+    assert verify(open_dataset(tmp_path / "set"), progress=False) == []
 
 
 def test_wrong_options_are_refused(tiny_tokenizer, tmp_path, capsys):
@@ -379,6 +421,9 @@ def words_of(pattern):
 def test_pieces_are_cut_where_words_end(pattern):
     words, content = words_of(pattern)
     border, cuts = corpus_encoder.border_of(content), 0
+    if pattern is None:  # as the official file of GPT-2 has it
+        del content["pre_tokenizer"]["use_regex"]
+        assert corpus_encoder.border_of(content) == border
     spaces = [" ", "  ", "\n", " \n", "\r\n", "\n\n", "\t", "\u3000\n", ". "]
     rng = random.Random(2)
     for string in random_strings(1000):

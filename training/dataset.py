@@ -242,13 +242,24 @@ def _find(folder_or_name):
     else:
         folder = Path(text).expanduser().absolute()
     if not folder.is_dir():
-        scripts = (REPOSITORY / "data").glob("*/prepare.py")
-        names = ", ".join(sorted(path.parent.name for path in scripts))
+        data = sorted((REPOSITORY / "data").iterdir())
+        here = [path.name for path in data if is_dataset(path)]
+        scripts = [
+            path.name for path in data if (path / "prepare.py").is_file()
+        ]
         raise DatasetError(
             f"no dataset {text!r}: there is no folder {folder}; make it with"
-            f" {prepare_command(folder)} (datasets here: {names})"
+            f" {prepare_command(folder)} (datasets here:"
+            f" {', '.join(here) or 'none'}; scripts for {', '.join(scripts)})"
         )
     return folder
+
+
+def is_dataset(folder):
+    """Whether a folder holds a record, or bins in nanoGPT's format."""
+    return (folder / "meta.json").is_file() or (
+        folder.is_dir() and bool(bins(folder))
+    )
 
 
 def verify(dataset, progress=True):

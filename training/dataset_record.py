@@ -83,8 +83,10 @@ def tokenizer_problems(meta):
 
 def prepare_command(folder):
     """The command that makes a dataset, for error messages."""
-    if folder.resolve().parent == REPOSITORY / "data":
+    if (folder / "prepare.py").is_file():
         return f"`python data/{folder.name}/prepare.py`"
+    if folder.resolve().parent == REPOSITORY / "data":
+        return f"`python data/custom/prepare.py --name {folder.name} ...`"
     return f"`python data/NAME/prepare.py --out {folder}`"
 
 

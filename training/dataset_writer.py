@@ -5,6 +5,7 @@ The format is described in `training/dataset_record.py`.
     python data/python_stdlib/prepare.py
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,8 @@ from training.dataset_record import (
 )
 from training.durable import fsync, part_path
 
+# what file systems without hard links, or with them in one folder only, say
+NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 BUFFER_IDS = 2**20  # 4 MB of uint32 for each split being written
 
 
@@ -289,7 +292,9 @@ class DatasetWriter:
         target = self._splits[split].next_path()
         try:
             os.link(path, part_path(target))
-        except PermissionError:  # a file system without hard links
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
             print(f"copying {path.name}: no hard links in {self.folder}")
             with open(path, "rb") as old, open(part_path(target), "wb") as new:
                 shutil.copyfileobj(old, new)

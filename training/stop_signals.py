@@ -60,6 +60,9 @@ class _NoStop:
 
     received = 0
 
+    def agreed(self):
+        return 0
+
     def check(self):
         pass
 

@@ -46,7 +46,7 @@ SKIPPED_FOLDERS = {
     "test",
     "tests",
 }
-# The second holds the topics in escaped form, the others belong to a site.
+# The first holds the topics in escaped form, the others belong to a site.
 SKIPPED_FILES = {
     "pydoc_data/topics.py",
     "sitecustomize.py",
