@@ -29,7 +29,7 @@ from training.checkpoint import (
 )
 from training.configurator import ConfigError, configure
 from training.data_loader import EvalSet, TrainLoader
-from training.dataset import open_dataset
+from training.dataset import Dataset, open_dataset
 from training.distributed import (
     OtherRankFailed,
     Ranks,
@@ -175,44 +175,76 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
     rank (`stop`, StopSignals).
     """
     ranks = ranks_of_environment()
+    parsed, resumed, published = settle_options(
+        namespace, source_path, argv, ranks)
+    checked = all_or_none(check, parsed, resumed, published, argv, ranks)
+    all_or_none(check_equal_on_ranks, checked.record)
+    stop.check()
+    if parsed.values['dry_run']:
+        if ranks.is_main:
+            from training.planning import print_dry_run
+            print_dry_run(parsed.values, checked.plan, checked.dataset,
+                          ranks.world_size)
+        leave()
+        raise SystemExit(0)
+    prepare_device(parsed.values, checked.plan['device'])
+    checkpoint = choose_checkpoint(parsed.values, resumed, ranks, stop)
+    strategy = build_model(parsed.values, checked, ranks)
+    stop.check()
+    start_step = load_weights(strategy, checkpoint, resumed, published, stop)
+    check_updates(start_step, checked.plan['max_iters'], resumed)
+    # the run folder comes last: what failed above has written nothing
+    run, records = open_run(resumed, start_step, parsed, checked.record, ranks)
+    if ranks.is_main:
+        print_report(checked.record, run, checked.plan, start_step)
+    return build_job(parsed.values, checked, strategy, run, records,
+                     start_step, saved_step=start_step if resumed else None)
+
+
+def settle_options(namespace, source_path, argv, ranks):
+    """(options, the run folder to continue, the model to begin from), the
+    last two None where there is none; the ranks have met."""
     parsed = configure(namespace, source_path, argv)
     join(ranks, timeout_of(parsed))
     resumed = find_resumed(parsed.values, ranks)
     if resumed:
-        parsed = all_or_none(lambda: configure(
+        return all_or_none(lambda: configure(
             namespace, source_path, argv,
-            base=recorded_options(resumed, parsed)))
-    published = None if resumed else find_published(
-        parsed.values['init_from'], ranks)
+            base=recorded_options(resumed, parsed))), resumed, None
+    published = find_published(parsed.values['init_from'], ranks)
     if published is not None:
         all_or_none(adopt_architecture, parsed, published)
         namespace.update(parsed.values)
+    return parsed, None, published
+
+
+@dataclasses.dataclass
+class Checked:
+    """What the options come to, once nothing is wrong with them."""
+
+    dataset: Dataset
+    plan: dict  # of settings.resolve
+    eval_set: EvalSet
+    record: dict  # run.json, without what the built model tells
+
+
+def check(parsed, resumed, published, argv, ranks) -> Checked:
     options = parsed.values
+    dataset = open_dataset(options['dataset'])
+    if published is not None:
+        check_vocabulary(published, dataset)
+    plan = resolve(options, dataset, ranks)
+    eval_set = EvalSet(
+        dataset.split('val'), eval_bytes=plan['eval_bytes'],
+        block_size=plan['config'].block_size, eot_id=dataset.eot_id)
+    record = make_record(parsed, plan, dataset, eval_set, argv, ranks)
+    if resumed:
+        compare_with_record(read_record(resumed), record)
+        check_export(options, resumed)
+    return Checked(dataset, plan, eval_set, record)
 
-    def check():
-        dataset = open_dataset(options['dataset'])
-        if published is not None:
-            check_vocabulary(published, dataset)
-        plan = resolve(options, dataset, ranks)
-        eval_set = EvalSet(
-            dataset.split('val'), eval_bytes=plan['eval_bytes'],
-            block_size=plan['config'].block_size, eot_id=dataset.eot_id)
-        record = make_record(parsed, plan, dataset, eval_set, argv, ranks)
-        if resumed:
-            compare_with_record(read_record(resumed), record)
-            check_export(options, resumed)
-        return dataset, plan, eval_set, record
 
-    dataset, plan, eval_set, record = all_or_none(check)
-    all_or_none(check_equal_on_ranks, record)
-    stop.check()
-    if options['dry_run']:
-        if ranks.is_main:
-            from training.planning import print_dry_run
-            print_dry_run(options, plan, dataset, ranks.world_size)
-        leave()
-        raise SystemExit(0)
-    device = plan['device']
+def prepare_device(options, device):
     if options['deterministic']:
         torch.use_deterministic_algorithms(True)
         # cuBLAS gives the same bits only with workspaces of a fixed size,
@@ -220,11 +252,14 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    checkpoint = choose_checkpoint(options, resumed, ranks, stop)
 
+
+def build_model(options, checked: Checked, ranks) -> Replicated:
+    """The model within its strategy; notes its size in the record."""
     torch.manual_seed(options['seed'])
-    model = ConfigurableGPT(plan['config']).to(device)
-    record['parameters'] = {
+    plan = checked.plan
+    model = ConfigurableGPT(plan['config']).to(plan['device'])
+    checked.record['parameters'] = {
         'total': model.get_num_params(),
         'non_embedding': model.get_num_params(non_embedding=True)}
     strategy = build_strategy(
@@ -235,46 +270,52 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
             eps=options['adam_eps']),
         use_zero1=options['use_zero1'], use_fsdp=options['use_fsdp'],
         reshard_after_forward=options['fsdp_reshard_after_forward'],
-        dtype=plan['dtype'][0], device=device)
-    stop.check()
-    record['optimizer_bytes_per_rank'] = [
+        dtype=plan['dtype'][0], device=plan['device'])
+    checked.record['optimizer_bytes_per_rank'] = [
         int(n) for n in values_of_ranks(strategy.optimizer_bytes)]
-    start_step = 0
+    return strategy
+
+
+def load_weights(strategy, checkpoint, resumed, published, stop) -> int:
+    """Those to begin with, if not the drawn ones; the updates made so far."""
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, strategy,
                                 with_optimizer=bool(resumed), stop=stop)
-        start_step = state['step'] if resumed else 0
-        if start_step > plan['max_iters']:
-            raise ConfigError([
-                f'max_iters={plan["max_iters"]}: {resumed} has made '
-                f'{start_step} updates already; set at least as many, or '
-                'start a new run with --init_from=scratch'])
-    elif published is not None:
-        load_published(all_or_none(open_weights, published, model), strategy,
-                       stop)
+        return state['step'] if resumed else 0
+    if published is not None:
+        load_published(all_or_none(open_weights, published, strategy.model),
+                       strategy, stop)
+    return 0
 
-    # the run folder comes last: what failed above has written nothing
-    run, records = open_run(resumed, start_step, parsed, record, ranks)
+
+def check_updates(start_step: int, max_iters: int, resumed):
+    if start_step > max_iters:
+        raise ConfigError([
+            f'max_iters={max_iters}: {resumed} has made {start_step} updates '
+            'already; set at least as many, or start a new run with '
+            '--init_from=scratch'])
+
+
+def build_job(options, checked, strategy, run, records, start_step,
+              saved_step) -> Job:
+    plan, ranks = checked.plan, strategy.ranks
     loader = TrainLoader(
-        dataset.split('train'), block_size=plan['config'].block_size,
+        checked.dataset.split('train'), block_size=plan['config'].block_size,
         batch_size=options['batch_size'], accumulation=plan['accumulation'],
         seed=options['seed'], rank=ranks.rank, world_size=ranks.world_size,
-        start_step=start_step, device=device)
-    if ranks.is_main:
-        print_report(record, run, plan, start_step)
+        start_step=start_step, device=plan['device'])
     return Job(
         options=options, ranks=ranks, config=plan['config'],
-        device=device, dtype=plan['dtype'][0],
-        activation_checkpointing=plan['recomputation'][0], run=run, model=model,
-        strategy=strategy, loader=loader, eval_set=eval_set,
-        max_iters=plan['max_iters'], schedule=plan['schedule'],
-        accumulation=plan['accumulation'],
+        device=plan['device'], dtype=plan['dtype'][0],
+        activation_checkpointing=plan['recomputation'][0], run=run,
+        model=strategy.model, strategy=strategy, loader=loader,
+        eval_set=checked.eval_set, max_iters=plan['max_iters'],
+        schedule=plan['schedule'], accumulation=plan['accumulation'],
         tokens_per_iter=plan['tokens_per_iter'], start_step=start_step,
         best_val_loss=min((r['val_loss'] for r in records
                            if r['kind'] == 'eval'
                            and r['val_loss'] is not None), default=math.inf),
-        record=record, records=records,
-        saved_step=start_step if resumed else None)
+        record=checked.record, records=records, saved_step=saved_step)
 
 
 def check_equal_on_ranks(record: dict):
