@@ -38,3 +38,4 @@ out_dir = 'out-gpt2-1.36b'
 eval_interval = 1000
 log_interval = 10
 always_save_checkpoint = False
+checkpoint_interval = 250  # a kill costs at most so many updates

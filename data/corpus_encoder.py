@@ -1,7 +1,7 @@
 """Encoding documents, exactly and fast, on one core or on many.
 
-`tokenizers` is the reference. gigatoken gives the same ids 20 to 80 times
-faster; what has rare characters, the reference encodes.
+`tokenizers` is the reference. gigatoken gives the same ids many times faster
+(RESULTS.md); what has rare characters, the reference encodes.
 Special-token text inside a document is plain text.
 
     python data/custom/prepare.py --input FILE --tokenizer qwen3 --name mine

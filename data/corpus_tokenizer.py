@@ -211,7 +211,7 @@ def _hub_files(repo):
     except TokenizerError as error:
         raise CorpusError(
             f"no tokenizer {repo}: there is no such path, and {error}\n"
-            f"Where it asks for a login: accept the licence at"
+            f"Where it asks for a login: accept the license at"
             f" https://huggingface.co/{repo} and run `hf auth login`. Without"
             f" a network: bring its {TOKENIZER_FILE} or tokenizer.model here"
             " and give it as --tokenizer PATH."

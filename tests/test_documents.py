@@ -165,9 +165,11 @@ def check_planned(command):
     words = shlex.split(command)
     ranks = re.search(r'--nproc_per_node=(\d+)', command)
     argv = words[words.index('train.py') + 1:]
-    rows = [] if 'config/full_' in command else ['--vocab_size=151936']
-    planned_setting([word for word in [*argv, *rows]
-                     if 'resume' not in word], int(ranks[1]) if ranks else 1)
+    n_gpus = int(ranks[1]) if ranks else 1
+    recorded = [] if 'config/full_' in command else [  # in the run it resumes
+        '--vocab_size=151936', f'--gradient_accumulation_steps={n_gpus}']
+    planned_setting([word for word in [*argv, *recorded]
+                     if 'resume' not in word], n_gpus)
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=NAMES)
