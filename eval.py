@@ -63,8 +63,8 @@ stride: Positive | None = None  # tokens by which it moves; None: half of them
 
 # tasks
 limit: Positive | None = None  # the first so many questions of each
-num_fewshot: NonNegative | None = None  # answered examples before each; None: the
-#   task's own number
+num_fewshot: NonNegative | None = None  # answered examples before each;
+#   None: the task's own number
 include_path: str | None = None  # a folder of further tasks
 
 # results
@@ -193,8 +193,8 @@ def score_dataset(subject: Subject) -> dict:
         eval_bytes=eval_bytes or known.get('eval_bytes_wanted') or (
             CPU_EVAL_BYTES if on_cpu else EVAL_BYTES))
     loss, bpb = evaluate(
-        subject.opened.model, eval_set, batch_size=batch_size, device=subject.device,
-        dtype=subject.dtype, progress=functools.partial(
+        subject.opened.model, eval_set, batch_size=batch_size,
+        device=subject.device, dtype=subject.dtype, progress=functools.partial(
             bar, desc=data.name, total=eval_set.n_batches(batch_size)))
     return {'kind': 'validation', 'dataset': data.name,
             'text_sha256': eval_set.text_sha256, 'context': subject.window,
@@ -304,8 +304,9 @@ def load_tasks():
 def score_tasks(subject: Subject, loaded) -> list[dict]:
     from training.lm_eval_adapter import Adapter, run_tasks
     adapter = Adapter(
-        subject.opened.model, subject.opened.tokenizer, eot_id=subject.opened.eot_id,
-        start_id=subject.opened.start_id, special_tokens=subject.run is None,
+        subject.opened.model, subject.opened.tokenizer,
+        eot_id=subject.opened.eot_id, start_id=subject.opened.start_id,
+        special_tokens=subject.run is None,
         max_length=subject.window, batch_size=batch_size,
         device=subject.device, dtype=subject.dtype)
     return run_tasks(adapter, loaded, limit=limit, num_fewshot=num_fewshot)

@@ -13,4 +13,4 @@ activation_memory_budget = 1.0
 compile = True
 use_zero1 = True
 use_fsdp = False
-checkpoint_interval = 1000  # 6 to 11 minutes
+checkpoint_interval = 1000  # 3 to 11 minutes

@@ -145,7 +145,8 @@ def _write_share(part: Path, strategy):
             save_file({k: t for k, t in tensors.items() if t.numel()},
                       part / name)
         except SafetensorError as error:  # a full disk
-            raise OSError(f'{part / name} cannot be written: {error}') from error
+            raise OSError(
+                f'{part / name} cannot be written: {error}') from error
         fsync(part / name)
         files[name] = {'bytes': (part / name).stat().st_size,
                        'sha256': _sha256(part / name)}

@@ -200,8 +200,8 @@ class Runner:
 
     def _left(self) -> str:
         seconds = time.monotonic() - self._begun
-        return (f'about {duration(seconds * self._left_flops / self._done_flops)}'
-                ' left')
+        left = seconds * self._left_flops / self._done_flops
+        return f'about {duration(left)} left'
 
     def _show(self, done, total):
         if time.monotonic() - self._looked < LOOK_S or self._bar.disable:

@@ -47,8 +47,8 @@ def run_tables(runs: list[RunSummary], dollars=None) -> list[Table]:
             short(run.record['tokens_per_iter']),
             str(run.record['options']['seed']), run.label) for run in runs])
     costs = Table('cost and course', (
-        'FLOPs', 'slope', 'perplexity', speed[1], 'spikes', 'training', 'wall', 'hours',
-        *(['$'] if dollars else []), 'run'), [(
+        'FLOPs', 'slope', 'perplexity', speed[1], 'spikes', 'training', 'wall',
+        'hours', *(['$'] if dollars else []), 'run'), [(
             short(run.flops), number(last_slope(run), '.2f'), perplexity(run),
             speeds(run, mfu)[1],
             str(len(run.spikes)), duration(run.train_s),
