@@ -635,6 +635,34 @@ def test_a_step_of_a_walk_whose_first_seed_is_left_out(
         ['4.0500', '2', '-0.1500']]
 
 
+def test_the_spread_of_another_sweep(tmp_path, copy_run, compare):
+    """Its seeds judge the steps of a walk of single runs; before it has any,
+    the walk says so. Two sweeps may name each other."""
+    for name, end in {'p': 4.5, 'q': 4.2}.items():
+        write_curve(copy_run(name), [9, 6, end])
+    seeds(copy_run, 's', [4.0, 4.01, 3.99])
+
+    def sweep(name, runs, spread_from):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'sweep.json').write_text(json.dumps({
+            'options': {'walk_from': 'gpt2', 'walk_to': 'llama3',
+                        'spread_from': spread_from},
+            'configurations': [{'label': step, 'runs': found}
+                               for step, found in runs.items()]}))
+
+    sweep('walk', {'p': ['../out-p'], 'q': ['../out-q']}, 'other')
+    sweep('other', {'s': [f'../out-s{i}' for i in range(3)]}, 'walk')
+    found = compare('walk').replace('\n  ', ' ')
+    [row] = re.findall('^4.2000 .*', found, re.MULTILINE)
+    # 4.3027 is Student's for 2 degrees of freedom: x 0.01 x sqrt(2)
+    assert row.split()[2:5] == ['-0.3000', '0.0608', 'exceeds']
+    (tmp_path / 'other' / 'sweep.json').unlink()
+    (tmp_path / 'other').rmdir()
+    sweep('other', {'s': ['none']}, None)
+    assert 'other has no spread of seeds' in compare('walk').replace(
+        '\n  ', ' ')
+
+
 def test_every_option_is_what_is_trained_or_not():
     """A new option of train.py must be put on one side."""
     trained = {

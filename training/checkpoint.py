@@ -355,9 +355,10 @@ def load_published(tensors, strategy, stop=NO_STOP):
 
 @torch.no_grad()
 def load_checkpoint(checkpoint: Path, strategy, with_optimizer=True,
-                    stop=NO_STOP) -> dict:
-    """Weights and AdamW's state into this rank's pieces; state.json."""
-    state = verify_checkpoint(checkpoint, strategy.ranks, stop)
+                    stop=NO_STOP, state: dict | None = None) -> dict:
+    """Weights and AdamW's state into this rank's pieces; state.json, which
+    is `state` where the checkpoint has been verified already."""
+    state = state or verify_checkpoint(checkpoint, strategy.ranks, stop)
 
     def load():
         weights = Tensors(checkpoint, state, 'model')

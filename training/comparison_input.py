@@ -22,9 +22,11 @@ class Comparison:
     problems: list[str] = field(default_factory=list)
 
 
-def gather(paths: list[str], latest: int | None) -> Comparison:
+def gather(paths: list[str], latest: int | None,
+           with_spread: bool = True) -> Comparison:
     """Of out_dirs, run folders and sweeps' folders; RunError with all that
-    are none of these."""
+    are none of these. A sweep may name another whose seeds tell the spread:
+    that one is read `with_spread`."""
     runs, problems, notes, sweeps = [], [], [], []
     for path in paths:
         try:
@@ -57,7 +59,8 @@ def gather(paths: list[str], latest: int | None) -> Comparison:
     comparison = Comparison(runs, groups, problems=notes)
     comparison.sweep = sweeps[0] if len(paths) == len(sweeps) == 1 and (
         not latest) else None
-    if comparison.sweep and comparison.sweep['options'].get('spread_from'):
+    if with_spread and comparison.sweep and (
+            comparison.sweep['options'].get('spread_from')):
         read_spread(comparison, Path(paths[0]))
     return comparison
 
@@ -103,7 +106,10 @@ def read_spread(comparison: Comparison, folder: Path):
     named = Path(comparison.sweep['options']['spread_from'])
     for path in named, folder.parent / named:
         if (path / 'sweep.json').exists():
-            other = gather([str(path)], None)
+            try:
+                other = gather([str(path)], None, with_spread=False)
+            except RunError:  # none of its runs has begun
+                break
             found = lead(other.groups, 'tokens')
             if isinstance(found, Lead) and found.pool:
                 comparison.spread_from = str(named)

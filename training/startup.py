@@ -188,10 +188,11 @@ def start(namespace: dict, source_path, argv: list[str], stop) -> Job:
         leave()
         raise SystemExit(0)
     prepare_device(parsed.values, checked.plan['device'])
-    checkpoint = choose_checkpoint(parsed.values, resumed, ranks, stop)
+    checkpoint, state = choose_checkpoint(parsed.values, resumed, ranks, stop)
     strategy = build_model(parsed.values, checked, ranks)
     stop.check()
-    start_step = load_weights(strategy, checkpoint, resumed, published, stop)
+    start_step = load_weights(strategy, checkpoint, state, resumed, published,
+                              stop)
     check_updates(start_step, checked.plan['max_iters'], resumed)
     # the run folder comes last: what failed above has written nothing
     run, records = open_run(resumed, start_step, parsed, checked.record, ranks)
@@ -276,11 +277,12 @@ def build_model(options, checked: Checked, ranks) -> Replicated:
     return strategy
 
 
-def load_weights(strategy, checkpoint, resumed, published, stop) -> int:
+def load_weights(strategy, checkpoint, state, resumed, published,
+                 stop) -> int:
     """Those to begin with, if not the drawn ones; the updates made so far."""
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, strategy,
-                                with_optimizer=bool(resumed), stop=stop)
+        state = load_checkpoint(checkpoint, strategy, stop=stop, state=state,
+                                with_optimizer=bool(resumed))
         return state['step'] if resumed else 0
     if published is not None:
         load_published(all_or_none(open_weights, published, strategy.model),
@@ -399,23 +401,22 @@ def unfinished_run(options: dict) -> Path | None:
     return run if checkpoints and not finished else None
 
 
-def choose_checkpoint(options, resumed, ranks, stop) -> Path | None:
-    """The checkpoint to begin with: the newest; under init_from='auto' the
-    newest that is whole."""
+def choose_checkpoint(options, resumed, ranks, stop):
+    """(checkpoint to begin with, its state.json if it has been verified): the
+    newest; under init_from='auto' the newest that is whole."""
     if not resumed and (options['init_from'] in ('scratch', 'auto')
                         or options['init_from'].startswith(HUB)):
-        return None
+        return None, None
     source = resumed or all_or_none(_run_or_checkpoint, options['init_from'])
     # as rank 0 sees them: a shared file system may be behind on another node
     found = on_main(ranks, find_checkpoints, source)
     found = [Path(p) for p in broadcast_text(
         '\n'.join(map(str, found or []))).splitlines()]
     if options['init_from'] != 'auto':
-        return found[0]
+        return found[0], None
     for checkpoint in found:
         try:
-            verify_checkpoint(checkpoint, ranks, stop)
-            return checkpoint
+            return checkpoint, verify_checkpoint(checkpoint, ranks, stop)
         except CheckpointError as error:
             print(f'warning: {error}. Trying the one before', file=sys.stderr)
         except OtherRankFailed:
