@@ -24,9 +24,9 @@ def run(script, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape, ours, peer', [
-    ('gpt2', 'gpt2', 'nanoGPT'),
-    pytest.param('small', 'qwen3', 'transformers', marks=pytest.mark.slow)])
+    ('gpt2', 'gpt2', 'nanoGPT'), ('small', 'qwen3', 'transformers')])
 def test_vs_peers(shape, ours, peer):
     """Both contenders, ratios, memory in processes of their own."""
     output = run('vs_peers.py', '--smoke', '--eager', '--rounds', '1',
@@ -65,6 +65,7 @@ def test_nanogpt_is_gpt2():
     assert abs(loss.item() - expected.item()) < 1e-4
 
 
+@pytest.mark.slow
 def test_loader_speed():
     output = run('loader_speed.py', '--smoke')
     share = re.search(r'for its batch: ([\d.]+)%', output)

@@ -7,6 +7,7 @@ that no rule knows fails.
 """
 
 import ast
+import functools
 import re
 import shlex
 import shutil
@@ -184,13 +185,18 @@ def test_links(path):
         assert (ROOT / name).exists(), f'{path.name}: {name}'
 
 
-@pytest.mark.parametrize('path', DOCUMENTS, ids=NAMES)
-def test_tests_that_are_named_exist(path):
-    text = path.read_text()
-    functions = {
+@functools.cache
+def functions_of_the_tests() -> dict[str, set[str]]:
+    return {
         file.stem: {node.name for node in ast.parse(file.read_text()).body
                     if isinstance(node, ast.FunctionDef)}
         for file in (ROOT / 'tests').glob('test_*.py')}
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=NAMES)
+def test_tests_that_are_named_exist(path):
+    text = path.read_text()
+    functions = functions_of_the_tests()
     everything = set().union(*functions.values())
     for name in re.findall(r'\btest_\w+', text):
         known = name in functions or name in everything or any(

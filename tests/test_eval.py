@@ -389,6 +389,7 @@ def told(model, tasks, num_fewshot):
     return found['results'], found['samples']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shots', [0, 1])
 def test_each_request_equals_lm_evals_own_model(qwen_run, tasks, theirs,
                                                 shots):
@@ -422,7 +423,8 @@ def answers(responses):
     return list(response) if isinstance(response, tuple) else response
 
 
-def test_tasks_by_command(tmp_path, evaluate, copied, tasks, theirs):
+@pytest.mark.slow
+def test_tasks_by_command(evaluate, copied, tasks, theirs):
     output = evaluate('out', '--tasks', ','.join(TASKS), '--include_path',
                       tasks, '--num_fewshot', 1)
     results = results_of(copied)
@@ -451,12 +453,14 @@ def test_unknown_tasks(evaluate, copied, tasks):
     assert not (copied / 'evals.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_include_path_that_is_no_folder(evaluate, copied, tasks):
     error = evaluate('out', '--tasks', 'a', '--include_path', 'nowhere',
                      status=2)
     assert 'include_path=nowhere' in error
 
 
+@pytest.mark.slow
 def test_a_task_that_needs_more_than_the_context(evaluate, copied, tasks):
     path = tasks / 'tiny_long.yaml'
     long = read_json(tasks / 'tiny_generation.yaml')
