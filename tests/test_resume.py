@@ -1,8 +1,11 @@
-"""A run that was stopped or killed goes on as if it never had been."""
+"""A run that was stopped or killed goes on as if it never had been.
+
+Signals come at exact instants (planted.py), in forks of one process; the runs
+that nothing disturbs are started anew, with another seed for hashes.
+"""
 
 import copy
 import hashlib
-import random
 import shutil
 import signal
 
@@ -12,17 +15,11 @@ from running import (
     TINY,
     assert_same_course,
     course,
-    finish,
     newest,
     read_json,
     read_lines,
-    run,
     runs,
     snapshot,
-    start,
-    train,
-    wait_for,
-    wait_for_step,
     weights,
 )
 from safetensors.torch import load
@@ -34,17 +31,25 @@ from training.dataset import open_dataset
 from training.run_log import read_record
 
 
-def stop(process, out_dir, step, *signals):
-    """Send `signals` at the update `step`; the step of the end record."""
-    wait_for_step(process, out_dir, step)
-    for number in signals:
-        process.send_signal(number)
-    result = finish(process)
-    assert result.returncode == 128 + signals[0], result.stderr
-    assert 'Traceback' not in result.stderr
-    end = read_lines(newest(out_dir))[-1]
-    assert (end['kind'], end['status']) == ('end', 'stopped'), step
-    return end['step']
+def train(warm_ranks, out_dir, plant='', status=0, **options):
+    """The newest run of `out_dir` after one rank of train.py that must end
+    with `status`, and without a traceback."""
+    result = warm_ranks.run(
+        1, 'train.py', out_dir=out_dir, before=f'import planted; {plant}',
+        **options)
+    assert result.statuses == [status], result.err
+    assert 'Traceback' not in result.err[0]
+    return newest(out_dir)
+
+
+def train_until(warm_ranks, out_dir, step, name, plant, **options):
+    """As `train`, stopped in good order by the signal `name` at `step`."""
+    number = getattr(signal, name)
+    folder = train(warm_ranks, out_dir, plant, 128 + number, **options)
+    end = read_lines(folder)[-1]
+    assert (end['kind'], end['status'], end['reason'], end['step']) == (
+        'end', 'stopped', f'signal {number.value}', step)
+    return folder
 
 
 def assert_intact(checkpoint):
@@ -55,22 +60,20 @@ def assert_intact(checkpoint):
         assert hashlib.sha256(content).hexdigest() == due['sha256']
 
 
-@pytest.mark.slow
-def test_stopped_twice_and_resumed(tmp_path, small, gpt2_run):
+def test_stopped_twice_and_resumed(tmp_path, small, gpt2_run, warm_ranks):
     """SIGTERM, then Ctrl-C in a later epoch, with dropout."""
-    first, second = random.randrange(1, 60), random.randrange(120, 160)
-    process = start('train.py', out_dir=tmp_path, **small)
-    first = stop(process, tmp_path, first, signal.SIGTERM)
-    process = start('train.py', init_from='resume', out_dir=tmp_path)
-    second = stop(process, tmp_path, second, signal.SIGINT)
-    assert 0 < first < second < 190
-    assert set(course(newest(tmp_path))) == {
+    first, second = 31, 140
+    train_until(warm_ranks, tmp_path, first, 'SIGTERM',
+                f'planted.signal_at_update(0, {{0: ({first}, "SIGTERM")}})',
+                **small)
+    folder = train_until(
+        warm_ranks, tmp_path, second, 'SIGINT', 'planted.signal_at_update('
+        f'0, {{0: ({second - first}, "SIGINT")}})', init_from='resume')
+    assert set(course(folder)) == {
         at for at in course(gpt2_run) if at[1] <= second}
 
     # the run folder does for --out_dir as well
-    folder = newest(tmp_path)
-    result = run('train.py', init_from='resume', out_dir=folder)
-    assert result.returncode == 0, result.stderr
+    train(warm_ranks, folder, init_from='resume')
     assert runs(tmp_path) == [folder]
     assert_same_course(course(folder), course(gpt2_run))
     assert weights(folder) == weights(gpt2_run)
@@ -83,59 +86,50 @@ def test_stopped_twice_and_resumed(tmp_path, small, gpt2_run):
     assert first * 64 < tokens < second * 64  # so an epoch's end was crossed
 
 
-def test_stopped_before_the_first_update(tmp_path, small_qwen, qwen_run):
-    process = start('train.py', out_dir=tmp_path, **small_qwen)
-    wait_for(lambda: (tmp_path / 'latest' / 'run.json').exists(), process)
-    process.send_signal(signal.SIGINT)
-    assert finish(process).returncode == 128 + signal.SIGINT
-    assert 0 <= read_lines(newest(tmp_path))[-1]['step'] < 30
-    result = run('train.py', init_from='resume', out_dir=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert_same_course(course(newest(tmp_path)), course(qwen_run))
-    assert weights(newest(tmp_path)) == weights(qwen_run)
-
-
-@pytest.mark.parametrize('step', [3, 6], ids=['middle', 'end'])
-def test_stopped_in_an_evaluation(tmp_path, data, step):
-    """It is made before the end or after the resume, but made; only a run
-    that lacks nothing is called finished."""
-    process = start('train.py', out_dir=tmp_path, **TINY | {
-        'dataset': data / 'small', 'max_iters': 6, 'eval_interval': 3,
-        'n_layer': 4, 'batch_size': 1, 'eval_bytes': 10**6})
-    wait_for_step(process, tmp_path, step)
-    process.send_signal(signal.SIGTERM)
-    status = finish(process).returncode
-    ended = ('eval', 6) in course(newest(tmp_path))
-    assert status == (0 if ended else 128 + signal.SIGTERM)
-    folder = train(tmp_path, init_from='resume')
-    assert [i for kind, i in course(folder) if kind == 'eval'] == [0, 3, 6]
+@pytest.mark.parametrize('step', [0, 40, 120])
+def test_stopped_in_an_evaluation(tmp_path, small_qwen, qwen_run, warm_ranks,
+                                  step):
+    """Of no update yet, of some, of all: it is made after the resume, and
+    only a run that lacks nothing is called finished."""
+    tokens = read_json(qwen_run / 'run.json')['dataset']['eval_tokens']
+    batch = -(-tokens // (4 * 16)) * step // 40 + 2  # all before and one
+    folder = train_until(
+        warm_ranks, tmp_path, step, 'SIGINT',
+        f'planted.signal_at_evaluation(0, {{0: ({batch}, "SIGINT")}})',
+        **small_qwen)
+    assert set(course(folder)) == {
+        at for at in course(qwen_run)
+        if at[1] <= step and at != ('eval', step)}
+    train(warm_ranks, tmp_path, init_from='resume')
+    assert runs(tmp_path) == [folder]
+    assert_same_course(course(folder), course(qwen_run))
+    assert weights(folder) == weights(qwen_run) == weights(folder, 120)
     assert read_lines(folder)[-1]['status'] == 'finished'
-    assert weights(folder) == weights(folder, 6)
 
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory, small_qwen):
+def killed(tmp_path_factory, small_qwen, warm_ranks):
     """An out_dir after one command, ended twice and started three times.
 
-    SIGKILL, then the two Ctrl-C of an impatient user. With a checkpoint every
-    second update, this often happens while one is being written.
+    SIGKILL in the save of update 22, then the two Ctrl-C of an impatient user
+    in that of update 82.
     """
     out_dir = tmp_path_factory.mktemp('killed')
     options = small_qwen | {
-        'out_dir': out_dir, 'init_from': 'auto', 'checkpoint_interval': 2,
+        'init_from': 'auto', 'checkpoint_interval': 2,
         'keep_checkpoints': 1000}
-    for step, signals in (
-        (random.randrange(4, 40), [signal.SIGKILL]),
-        (random.randrange(75, 105), [signal.SIGINT, signal.SIGINT]),
+    # a save writes two files of tensors: the first one of save n is 2n - 1
+    for plant, status, step in (
+        ('signal_in_save(0, {0: (21, "SIGKILL")})', -signal.SIGKILL, 20),
+        ('impatient_in_save(0, {0: (61, "SIGINT")})', -signal.SIGINT, 80),
     ):
-        process = start('train.py', **options)
-        wait_for_step(process, out_dir, step)
-        for number in signals:
-            process.send_signal(number)
-        assert finish(process).returncode in (-signals[0], 128 + signals[0])
-        assert_intact(newest(out_dir) / 'checkpoints' / 'latest')
-    result = run('train.py', **options)
-    assert result.returncode == 0, result.stderr
+        folder = train(warm_ranks, out_dir, f'planted.{plant}', status,
+                       **options)
+        checkpoint = folder / 'checkpoints' / 'latest'
+        assert_intact(checkpoint)
+        assert read_json(checkpoint / 'state.json')['step'] == step
+        assert (checkpoint.parent / f'.step_{step + 2:08d}.part').exists()
+    train(warm_ranks, out_dir, **options)
     return out_dir
 
 
@@ -145,7 +139,8 @@ def test_killed_and_resumed(killed, qwen_run):
     end = read_lines(folder)[-1]
     assert (end['kind'], end['step'], end['status']) == (
         'end', 120, 'finished')
-    assert sum(r['kind'] == 'resume' for r in read_lines(folder)) == 2
+    assert [r['step'] for r in read_lines(folder)
+            if r['kind'] == 'resume'] == [20, 80]
     assert_same_course(course(folder), course(qwen_run))
     assert weights(folder) == weights(qwen_run)
     names = {path.name for path in (folder / 'checkpoints').glob('*')}
@@ -174,11 +169,11 @@ def test_losses_are_those_of_the_windows_in_order(killed, small_qwen):
     assert 118 * 4 > n_windows and worst < 2e-5
 
 
-def test_auto_starts_anew_for_other_options(killed, small_qwen):
+def test_auto_starts_anew_for_other_options(killed, small_qwen, warm_ranks):
     """A finished run, and one of other options, are not continued, and no
     file of theirs changes."""
     before, content = runs(killed), snapshot(newest(killed))
-    folder = train(killed, **small_qwen | {
+    folder = train(warm_ranks, killed, **small_qwen | {
         'init_from': 'auto', 'max_iters': 3, 'warmup_iters': 1,
         'wsd_decay_iters': 1})
     assert runs(killed) == [*before, folder]
@@ -186,9 +181,9 @@ def test_auto_starts_anew_for_other_options(killed, small_qwen):
     assert 'resume' not in {r['kind'] for r in read_lines(folder)}
 
 
-def test_resuming_a_finished_run_adds_no_step(tmp_path, gpt2_run):
+def test_resuming_a_finished_run_adds_no_step(tmp_path, gpt2_run, warm_ranks):
     shutil.copytree(gpt2_run.parent, tmp_path / 'out', symlinks=True)
-    folder = train(tmp_path / 'out', init_from='resume')
+    folder = train(warm_ranks, tmp_path / 'out', init_from='resume')
     assert folder == tmp_path / 'out' / gpt2_run.name
     assert course(folder) == course(gpt2_run)
     assert weights(folder) == weights(gpt2_run)
