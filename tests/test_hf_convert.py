@@ -12,12 +12,13 @@ import sys
 import pytest
 import torch
 import transformers
+from forks import run_forked
 from running import (
     ROOT,
     SYSTEM,
-    command,
     newest,
     read_json,
+    read_lines,
     snapshot,
     whole_tensors,
 )
@@ -57,7 +58,7 @@ def trained(warm, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_transformers_loads_the_export(trained, data, preset):
+def test_transformers_loads_the_export(trained, preset):
     """Logits and ids equal; the pipeline's text is our likeliest."""
     run = trained[preset]
     hf = transformers.AutoModelForCausalLM.from_pretrained(run / 'hf')
@@ -121,9 +122,7 @@ def test_model_card_and_configs(trained, tmp_path):
     run = trained['llama3']
     out = export_model(run, tmp_path / 'my-model', dtype='bfloat16')
     card, record = (out / 'README.md').read_text(), read_json(run / 'run.json')
-    last = [json.loads(line) for line in
-            (run / 'metrics.jsonl').read_text().splitlines()]
-    bpb = [r['val_bpb'] for r in last if r['kind'] == 'eval'][-1]
+    bpb = [r['val_bpb'] for r in read_lines(run) if r['kind'] == 'eval'][-1]
     for part in ('# my-model', record['architecture_name'], 'small',
                  f'{5 * record["tokens_per_iter"]:,} tokens', f'{bpb:.4f}',
                  'python train.py', str(record['commit'])):
@@ -347,7 +346,7 @@ def test_pickled_weights_are_refused(tmp_path, llama):
     assert 'pytorch_model.bin is pickled' in message
 
 
-def test_a_tokenizer_that_does_not_fit(tmp_path, trained, data):
+def test_a_tokenizer_that_does_not_fit(tmp_path, trained):
     folder = shutil.copytree(trained['llama2'] / 'hf', tmp_path / 'hf')
     made = Tokenizer.from_file(str(folder / 'tokenizer.json'))
     made.add_tokens([f'<more {i}>' for i in range(200)])
@@ -474,7 +473,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(trained, tmp_path):
     while ended != 0:
         code = KILL.format(root=str(ROOT), run=str(trained['qwen3']),
                            out=str(out), after=moments)
-        ended = run_forked(code)
+        ended = run_forked(lambda code=code: exec(code, {}))
         assert ended in (0, -signal.SIGKILL)
         if ended and not out.exists():
             for left in tmp_path.iterdir():
@@ -487,18 +486,6 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(trained, tmp_path):
         moments += 1
     assert moments > 8
     assert [p.name for p in tmp_path.iterdir()] == ['hf']
-
-
-def run_forked(code):
-    """The exit status of `code` in a child that has the imports."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            exec(code, {})
-        finally:
-            os._exit(1 if sys.exc_info()[0] else 0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- training from a model ---------------------------------------------------
@@ -520,15 +507,12 @@ def test_training_goes_on_from_a_model(trained, tmp_path, go_on, preset):
     """Its first evaluation is the last of the run that was exported."""
     run = trained[preset]
     import_model(run / 'hf', tmp_path / 'imported')
-    evals = [json.loads(line) for line in
-             (run / 'metrics.jsonl').read_text().splitlines()]
-    last = [r['val_loss'] for r in evals if r['kind'] == 'eval'][-1]
+    last = [r['val_loss'] for r in read_lines(run) if r['kind'] == 'eval'][-1]
     for init_from in f'hf:{run / "hf"}', tmp_path / 'imported':
         result = go_on(init_from)
         assert result.returncode == 0, result.stderr
         folder = newest(tmp_path / 'out')
-        first = json.loads((folder / 'metrics.jsonl').read_text()
-                           .splitlines()[1])
+        first = read_lines(folder)[1]
         assert first['kind'] == 'eval'
         assert abs(first['val_loss'] - last) < 1e-6
         record = read_json(folder / 'run.json')
@@ -537,14 +521,14 @@ def test_training_goes_on_from_a_model(trained, tmp_path, go_on, preset):
             expected | {'attention_backend': None})
 
 
-def test_resuming_a_run_that_began_from_a_model(trained, tmp_path, go_on):
+def test_resuming_a_run_that_began_from_a_model(trained, go_on):
     assert go_on(f'hf:{trained["qwen3"] / "hf"}').returncode == 0
     result = go_on('resume', max_iters=2)
     assert result.returncode == 0, result.stderr
     assert 'resumed at step 1' in result.stdout
 
 
-def test_options_that_contradict_the_model(trained, tmp_path, go_on):
+def test_options_that_contradict_the_model(trained, go_on):
     result = go_on(f'hf:{trained["qwen3"] / "hf"}', n_layer=3, dropout=0.1,
                    arch_preset='gpt2', block_size=16, weight_tying=False)
     assert result.returncode == 2
@@ -574,7 +558,7 @@ def test_an_export_that_fails_after_training(trained, go_on, tmp_path):
                  f'python hf_convert.py export {run} {run / "hf"}'):
         assert part in result.stderr
     assert 'Traceback' not in result.stderr
-    end = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+    end = read_lines(run)[-1]
     assert (end['kind'], end['status']) == ('end', 'finished')
     before = snapshot(run)
     result = go_on('resume', export_hf_at_end=True)
@@ -586,11 +570,9 @@ def test_an_export_that_fails_after_training(trained, go_on, tmp_path):
 # --- the command -------------------------------------------------------------
 
 
-def test_as_a_command(trained, tmp_path):
+def test_as_a_command(trained, warm, tmp_path):
     def convert(*arguments):
-        return subprocess.run(
-            [sys.executable, *command('hf_convert.py', *arguments)],
-            capture_output=True, text=True, cwd=tmp_path)
+        return warm.run('hf_convert.py', *arguments, cwd=tmp_path)
 
     result = convert('export', trained['gpt2'], 'hf', '--dtype=bfloat16')
     assert (result.returncode, result.stdout) == (0, 'written: hf\n'), (

@@ -30,6 +30,7 @@ from corpus_cases import (
     write_parquet,
     write_raw_lines,
 )
+from forks import run_forked
 
 from training.dataset import DatasetError, open_dataset, verify
 
@@ -43,19 +44,13 @@ def corpus(tmp_path, monkeypatch):
 
 
 def in_child(action, before=lambda: None):
-    """Run `action` in a forked child; its wait status."""
-    child = os.fork()
-    if not child:
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            before()
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
+    """`before`, then `action`, in a fork; its exit status."""
+
+    def both():
+        before()
+        action()
+
+    return run_forked(both)
 
 
 def killed_at(number, folder):
@@ -86,11 +81,10 @@ def kill_everywhere(out, run, expected, old=None):
         if old is not None:
             shutil.copytree(old, out)
         status = in_child(run, partial(killed_at, number, out))
-        if not os.WIFSIGNALED(status):
-            assert os.WEXITSTATUS(status) == 0
+        if status == 0:
             assert contents(out) == expected
             return number - 1
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert status == -signal.SIGKILL
         found = contents(out) if out.exists() else {}
         former = contents(old) if old is not None else {}
         for name, data in found.items():
@@ -145,7 +139,7 @@ def test_finished_parts_are_not_made_again(corpus, tiny_tokenizer, tmp_path):
     def run():
         prepare(out, corpus, tiny_tokenizer)
 
-    assert os.WIFSIGNALED(in_child(run, lambda: killed_at(30, out)))
+    assert in_child(run, lambda: killed_at(30, out)) == -signal.SIGKILL
     work = out / ".prepare"
     done = sorted(work.glob("*.json"))[:-1]  # without plan.json
     assert len(done) >= 2
@@ -230,7 +224,7 @@ def test_full_disk(corpus, tiny_tokenizer, tmp_path):
             messages.write_text(str(stop.code))
             raise
 
-    assert os.WEXITSTATUS(in_child(run, limit)) == 1
+    assert in_child(run, limit) == 1
     said = messages.read_text()
     assert "File too large" in said
     assert "run the same command again" in said.replace("\n", " ")

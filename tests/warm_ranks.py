@@ -17,14 +17,12 @@ import runpy
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 
+import forks
 import torch._dynamo  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
 import transformers  # noqa: F401
-
-SECONDS = 100  # after which SIGALRM ends a rank that hangs
 
 
 def serve():
@@ -50,7 +48,7 @@ def serve():
 gc.collect()
 gc.freeze()  # a collection in a fork would copy all that is shared
 job, rank, port = serve()
-signal.alarm(SECONDS)
+signal.alarm(forks.SECONDS)
 folder = Path(job['folder'])
 for number, path, mode in (
         (0, os.devnull, os.O_RDONLY),
@@ -65,16 +63,11 @@ if job['ranks'] > 1:
 sys.argv = job['argv']
 here = Path(__file__).resolve().parent
 sys.path[:1] = [str(here.parent), str(here)]
-status = 1
-try:
+
+
+def run():
     exec(job['before'], {'rank': rank})
     runpy.run_path(sys.argv[0], run_name='__main__')
-    status = 0
-except SystemExit as end:
-    status = end.code
-except BaseException:
-    traceback.print_exc()
-finally:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the interpreter's own end costs seconds here
+
+
+forks.finish(run)

@@ -17,13 +17,13 @@ import signal
 import sys
 from pathlib import Path
 
+import forks
 import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401
 import transformers  # noqa: F401
 
-SECONDS = 60  # after which SIGALRM ends a script that hangs
-
-gc.freeze()  # else a child copies what it looks at
+gc.collect()
+gc.freeze()  # a collection in a fork would copy all that is shared
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -35,7 +35,7 @@ for line in sys.stdin:
 else:
     os._exit(0)
 
-signal.alarm(SECONDS)
+signal.alarm(forks.SECONDS)
 for number, path, mode in ((0, os.devnull, os.O_RDONLY),
                            (1, job['out'], os.O_WRONLY | os.O_CREAT),
                            (2, job['err'], os.O_WRONLY | os.O_CREAT)):
@@ -44,4 +44,4 @@ os.chdir(job['cwd'])
 os.environ.update(job['env'])
 sys.argv = job['argv']
 sys.path[0] = str(Path(sys.argv[0]).parent)
-runpy.run_path(sys.argv[0], run_name='__main__')
+forks.finish(lambda: runpy.run_path(sys.argv[0], run_name='__main__'))
