@@ -1,12 +1,16 @@
 """Starting the scripts as a user does, and reading what they leave behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 90  # seconds; a tiny run takes three, nearly all of it for imports
@@ -121,6 +125,20 @@ class WarmRanks:
         self.start(ranks, script, *arguments, **options)
         return self.finish()
 
+    # as a Popen has them, for wait_for
+
+    def poll(self):
+        return None if any(map(psutil.pid_exists, self.pids)) else 1
+
+    def kill(self):
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def communicate(self):
+        result = self.finish()
+        return ''.join(result.out), ''.join(result.err)
+
     def close(self):
         self._server.stdin.close()
         self._server.wait(TIMEOUT)
@@ -230,7 +248,8 @@ def spoil_a_number(path, value=float('nan')):
 
 
 def wait_for(condition, process, seconds=TIMEOUT):
-    """Poll until `condition()` is true; fails if the process ends first."""
+    """Poll until `condition()` is true; fails, with what the process (a Popen
+    or alike) says, if it ends first or takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -244,6 +263,12 @@ def wait_for_step(process, out_dir, step):
     wait_for(lambda: any(
         record['kind'] == 'train' and record['step'] >= step
         for record in read_lines(newest(out_dir))), process)
+
+
+def wait_until_stopped(process):
+    """Until it stands still by SIGSTOP, which is sent, not obeyed at once."""
+    wait_for(lambda: psutil.Process(process.pid).status() ==
+             psutil.STATUS_STOPPED, process)
 
 
 def snapshot(folder):

@@ -6,6 +6,7 @@ have the same ranks without an agent beside them: what one does about another
 is its own doing, and a fault comes at an exact instant (planted.py).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -119,11 +120,18 @@ class Job:
             stderr=subprocess.PIPE, text=True, start_new_session=True,
             env=os.environ | {'OMP_NUM_THREADS': '1'})
 
+        self.poll, self.communicate = (self.process.poll,
+                                       self.process.communicate)
+
     def wait_for_step(self, step):
-        while not (newest(self.out_dir) / 'metrics.jsonl').exists():
-            assert self.process.poll() is None, self.process.communicate()
-            time.sleep(0.01)
-        wait_for_step(self.process, self.out_dir, step)
+        wait_for_step(self, self.out_dir, step)
+
+    def kill(self):
+        """With the ranks: they would outlive torchrun."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            torchrun = psutil.Process(self.process.pid)
+            for process in [*torchrun.children(True), torchrun]:
+                process.kill()
 
     def workers(self):
         """The process ids, by rank."""
@@ -243,9 +251,7 @@ def test_a_frozen_rank_ends_the_others(warm_ranks, tmp_path, options,
     warm_ranks.start(2, 'train.py', out_dir=tmp_path,
                      **options | LONG | {'use_zero1': False, strategy: True,
                                          'step_timeout_s': 3})
-    while not any(r['kind'] == 'train' and r['step'] >= 10
-                  for r in read_lines(newest(tmp_path))):
-        time.sleep(0.01)
+    wait_for_step(warm_ranks, tmp_path, 10)
     os.kill(warm_ranks.pids[1], signal.SIGSTOP)
     begin = time.monotonic()
     while read_lines(newest(tmp_path))[-1]['kind'] != 'end':
@@ -323,9 +329,7 @@ def test_told_by_all_at_once(warm_ranks, tmp_path, options, name):
     warm_ranks.start(
         2, 'train.py', out_dir=tmp_path, **options,
         before='import planted; planted.slow_updates(0.3)')
-    while not any(r['kind'] == 'train' and r['step'] >= 3
-                  for r in read_lines(newest(tmp_path))):
-        time.sleep(0.01)
+    wait_for_step(warm_ranks, tmp_path, 3)
     for _ in range(2):
         for pid in warm_ranks.pids:
             os.kill(pid, number)

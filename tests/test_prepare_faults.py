@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -31,6 +30,7 @@ from corpus_cases import (
     write_raw_lines,
 )
 from forks import run_forked
+from running import wait_for, wait_until_stopped
 
 from training.dataset import DatasetError, open_dataset, verify
 
@@ -153,6 +153,17 @@ def test_finished_parts_are_not_made_again(corpus, tiny_tokenizer, tmp_path):
     assert after == before
 
 
+# which a process runs before its script: it stands still where a part has been
+# written, and is to get its name
+STOP = """
+import os, signal, sys
+def watch(event, arguments):
+    if event == "os.rename" and arguments[0].endswith(".train.bin.part"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+sys.addaudithook(watch)
+"""
+
+
 def test_kill_of_a_run_on_two_cores(tiny_tokenizer, tmp_path):
     """The real command with its threads, killed as it writes."""
     texts = [text * 40 for text in make_texts(700)]
@@ -161,10 +172,10 @@ def test_kill_of_a_run_on_two_cores(tiny_tokenizer, tmp_path):
         f"--input={corpus}", f"--tokenizer={tiny_tokenizer}", "--num_proc=2",
         "--name=test", f"--out={tmp_path / 'set'}",
     ]
-    run = start_script("custom", *arguments)
+    (tmp_path / "sitecustomize.py").write_text(STOP)
+    run = start_script("custom", *arguments, PYTHONPATH=str(tmp_path))
+    wait_until_stopped(run)
     part = tmp_path / "set" / ".prepare" / ".00000_00000.train.bin.part"
-    while not part.exists() and run.poll() is None:
-        time.sleep(0.002)
     assert psutil.Process(run.pid).num_threads() > 3
     run.kill()
     run.communicate()
@@ -184,8 +195,8 @@ def test_ctrl_c_keeps_what_is_finished(tiny_tokenizer, tmp_path):
         "custom", f"--input={corpus}", f"--tokenizer={tiny_tokenizer}",
         "--num_proc=2", f"--out={tmp_path / 'set'}",
     )
-    while not (tmp_path / "set" / ".prepare" / "00000.lock").exists():
-        time.sleep(0.002)
+    lock = tmp_path / "set" / ".prepare" / "00000.lock"
+    wait_for(lock.exists, run)
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=30)
     assert run.returncode == 1
@@ -289,7 +300,7 @@ def test_unfinished_preparation_of_other_inputs(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_file_that_changes_while_it_waits(tiny_tokenizer, tmp_path):
+def test_file_that_changes_while_it_waits(tmp_path):
     from data.corpus_readers import CorpusError, find_inputs, local_path
 
     path = write_lines(tmp_path / "a.jsonl", ["some text"])
@@ -383,7 +394,7 @@ def test_bad_text_in_a_worker_and_the_right_record(
     assert f"{path}, record 17: its text is null" in message
 
 
-def test_replaced_texts_hold_the_replacement(tiny_tokenizer, tmp_path):
+def test_replaced_texts_hold_the_replacement():
     from data.corpus_readers import Block, texts
 
     data = b'{"text": "x\\ud83dy"}\n{"text": "caf\xe9!"}\n'
