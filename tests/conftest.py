@@ -224,7 +224,8 @@ def qwen3_folder(qwen3_build):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name in ('test_distributed.py', 'test_faults.py'):
+        if (item.path.name in ('test_distributed.py', 'test_faults.py')
+                and 'warm_ranks' in item.fixturenames):  # jobs of ranks
             item.add_marker(pytest.mark.slow)
 
 

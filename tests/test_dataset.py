@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -732,17 +731,19 @@ t.write(Path(sys.argv[1]), t.make_documents())
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_writing_is_bounded_in_memory(tmp_path):
     """64 MB of ids, four times the buffer, with peak memory recorded."""
     code = f"""
-import resource, sys
+import re, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import numpy as np
 from pathlib import Path
 import test_dataset as t
 ids = np.random.default_rng(0).integers(1, 290, 10**6)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this program alone: ru_maxrss begins at its parent's
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024
 with t.open_writer(Path(sys.argv[1])) as writer:
     for _ in range(6):
         t.add(writer, "train", ids, "a")
@@ -762,14 +763,19 @@ print(peak() - before)
     assert float(result.stdout) < 8  # MB
 
 
-def test_reading_a_window_is_fast(folder):
-    """Far above the 5 us measured, far below a memmap opened each time."""
+def test_reading_a_window_opens_no_file(folder):
+    """A memmap that is opened for each window is ten times as slow."""
     split = open_dataset(folder).split("train")
+    split.read(0, 101)
+    opened, watching = [], [True]
+
+    def watch(event, arguments):
+        if watching and event == "open" and str(folder) in str(arguments[0]):
+            opened.append(arguments[0])
+
+    sys.addaudithook(watch)
     out = np.empty(101, np.int64)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(200):
-            split.read(5, 101, out)
-        times.append((time.perf_counter() - start) / 200)
-    assert min(times) < 60e-6
+    for start in range(200):
+        split.read(start, 101, out)
+    watching.clear()  # a hook stays for the life of the process
+    assert opened == []

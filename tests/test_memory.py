@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model_config import get_preset_config
@@ -43,6 +44,18 @@ def test_a_process_takes_what_was_planned(architecture, setting):
         state + found['measured'], rel=0.1)
     # what was measured is no small part of it
     assert found['measured'] > 0.5 * state
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_the_peak_is_of_this_process():
+    """And not of the one that started it, as ru_maxrss is."""
+    here = np.ones(10**8)  # 0.8 GB, while the other starts
+    output = subprocess.run(
+        [sys.executable, '-c', 'import torch, training.device as device\n'
+         'print(device.peak_memory_gb(torch.device("cpu")))'],
+        cwd=STEP.parent.parent, check=True, capture_output=True, text=True,
+        timeout=60).stdout
+    assert 0.05 < float(output) < here.nbytes / 1e9
 
 
 def test_by_hand():

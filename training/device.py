@@ -95,6 +95,8 @@ def peak_memory_gb(device: torch.device) -> float:
     on a CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == 'linux':  # its ru_maxrss is the launcher's, if larger
+        return resident('VmHWM') / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # kilobytes, but bytes on a Mac
     return peak / 1e9 if sys.platform == 'darwin' else peak * 1024 / 1e9
