@@ -14,7 +14,9 @@ from model_builder import ConfigurableGPT
 from model_config import get_preset_config
 from training.hf_weights import state_from_hf
 
-TOLERANCE = 1e-4  # fp32, as the project promises; what is measured is printed
+# fp32; what is measured is printed: 2e-6, 1e-6, 2e-6
+LOGITS, LOSS = 1e-5, 3e-6
+GRADIENTS = 1e-5  # of each parameter, as a share of its own largest
 ROPE_31 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0,
                high_freq_factor=4.0, original_max_position_embeddings=64)
 COMMON = dict(vocab_size=1000, bos_token_id=None, eos_token_id=None)
@@ -91,16 +93,17 @@ def test_equals_transformers(name, backend, parity_report):
     expected = state_from_hf(hf_grads, model.config)
     ours = dict(model.named_parameters())
     assert set(expected) == set(ours)  # every parameter is compared
-    scale = max(g.abs().max().item() for g in expected.values())
-    d_grads = max((ours[n].grad - g).abs().max().item()
-                  for n, g in expected.items())
+    scales = {n: g.abs().max().item() for n, g in expected.items()}
+    d_grads = {n: (ours[n].grad - g).abs().max().item() / scales[n]
+               for n, g in expected.items()}
+    worst = max(d_grads, key=d_grads.get)
     parity_report(f'{name + ", " + backend:32} logits {d_logits:.1e}  '
-                  f'loss {max(d_loss, d_fused):.1e}  gradients {d_grads:.1e} '
-                  f'(largest gradient {scale:.1e})')
-    assert d_logits < TOLERANCE
-    assert max(d_loss, d_fused) < TOLERANCE
-    assert d_grads < TOLERANCE
-    assert d_grads < 1e-3 * scale and scale > 1e-3  # not equal by smallness
+                  f'loss {max(d_loss, d_fused):.1e}  gradients '
+                  f'{d_grads[worst]:.1e} of the largest ({worst})')
+    assert d_logits < LOGITS
+    assert max(d_loss, d_fused) < LOSS
+    assert d_grads[worst] < GRADIENTS, worst
+    assert min(scales.values()) > 1e-5  # not equal by smallness
 
 
 @pytest.mark.parametrize('name', HF_MODELS)
@@ -126,9 +129,9 @@ def test_a_planted_error_is_caught(name):
     hf, x, _ = build(name)
     model = from_hf(hf)
     with torch.no_grad():
-        model.h[1].attn_norm.weight[3] += 1e-1
+        model.h[1].attn_norm.weight[3] += 1e-3
     difference = (model(x)[0] - hf(x).logits).abs().max().item()
-    assert difference > TOLERANCE
+    assert difference > LOGITS
 
 
 def test_to_hf_refuses_what_no_class_expresses():
