@@ -392,10 +392,10 @@ def test_what_no_class_expresses_is_refused(warm, data, tmp_path):
     """Before the training, where it was asked for."""
     result = warm.run('train.py', cwd=tmp_path, out_dir='out', **SYSTEM,
                       dataset=data / 'small', n_layer=1, n_embd=16, n_head=2,
-                      block_size=16, max_iters=1, bias=False,
+                      block_size=16, max_iters=1, qk_norm=True,
                       norm_position='post', export_hf_at_end=True)
     assert result.returncode == 2, result.stderr
-    for part in ('no Hugging Face class', 'bias=False', "norm_position='post'"):
+    for part in ('no Hugging Face class', 'qk_norm=True', "norm_position='post'"):
         assert part in result.stderr
     assert list(tmp_path.iterdir()) == []
 

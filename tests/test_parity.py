@@ -134,6 +134,23 @@ def test_a_planted_error_is_caught(name):
     assert difference > LOGITS
 
 
+def test_a_gpt2_without_biases_has_some_of_zero_there():
+    torch.manual_seed(0)
+    model = ConfigurableGPT(get_preset_config(
+        'gpt2', n_layer=2, n_embd=64, n_head=4, vocab_size=100,
+        block_size=32, bias=False)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    hf = to_hf(model)
+    biases = [p for name, p in hf.named_parameters() if name.endswith('bias')]
+    assert len(biases) == 2 * 6 + 1 and not any(b.any() for b in biases)
+    x = torch.randint(100, (3, 32))
+    assert (model(x)[0] - hf(x).logits).abs().max() < LOGITS
+    back = from_hf(hf)
+    assert back.config.bias and (back(x)[0] - model(x)[0]).abs().max() < LOGITS
+
+
 def test_to_hf_refuses_what_no_class_expresses():
     config = get_preset_config('qwen3', n_layer=1, n_embd=64, n_head=2,
                                vocab_size=100, block_size=32,

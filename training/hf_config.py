@@ -166,7 +166,7 @@ def _differences(config, expected: dict) -> list[str]:
 def _gpt2_problems(config) -> list[str]:
     return _differences(config, dict(
         normalization='layernorm', position_encoding='learned_absolute',
-        norm_position='pre', ffn_type='standard', qk_norm=False, bias=True,
+        norm_position='pre', ffn_type='standard', qk_norm=False,
         num_key_value_heads=config.n_head,
         head_dim=config.n_embd // config.n_head))
 

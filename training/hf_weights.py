@@ -4,6 +4,7 @@ GPT-2 stores its linear weights transposed (`Conv1D`), and its q, k, v as one
 matrix, as this project does; LLaMA and Qwen3 store q, k, v and gate, up apart.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def weight_names(config: ModelArchitectureConfig, model_type: str):
     """[(our name, [Hugging Face names, joined by rows], transposed)]."""
     gpt2 = model_type == 'gpt2'
     names = [(ours, [theirs], False)
-             for ours, theirs in (GPT2_TOP if gpt2 else ROTARY_TOP)]
+             for ours, theirs in (GPT2_TOP if gpt2 else ROTARY_TOP)
+             if config.bias or not ours.endswith('.bias')]
     for layer in range(config.n_layer):
         prefix = f'transformer.h.{layer}' if gpt2 else f'model.layers.{layer}'
         for ours, theirs in GPT2_BLOCK if gpt2 else ROTARY_BLOCK:
@@ -193,11 +195,15 @@ class ExportedWeights:
     """Hugging Face's tensors, made from this project's weights one by one.
 
     `weights.read(name, start, out)` gives the latter, as a checkpoint's
-    Tensors do. `shapes` {their name: shape}.
+    Tensors do. `shapes` {their name: shape}. A GPT-2 without biases gets
+    those of zero, since Hugging Face's always has some.
     """
 
     def __init__(self, weights, config: ModelArchitectureConfig):
         self._weights, self.shapes, self._sources = weights, {}, {}
+        self._here = layout(config)
+        if model_type_of(config) == 'gpt2':
+            config = dataclasses.replace(config, bias=True)
         for entry in layout(config).values():
             at = 0
             for part, shape in entry.parts.items():
@@ -208,8 +214,9 @@ class ExportedWeights:
     def __getitem__(self, part: str) -> torch.Tensor:
         entry, at = self._sources[part]
         shape = self.shapes[part]
-        flat = torch.empty(torch.Size(shape).numel())
-        self._weights.read(entry.name, at, flat)
+        flat = torch.zeros(torch.Size(shape).numel())
+        if entry.name in self._here:
+            self._weights.read(entry.name, at, flat)
         if entry.transposed:
             return flat.view(shape[::-1]).t()
         return flat.view(shape)
