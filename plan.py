@@ -18,6 +18,7 @@ from training.configurator import ConfigError, exit_with, parse, read_schema
 from training.dataset import DatasetError, open_dataset
 from training.distributed import Ranks
 from training.flops import GPUS
+from training.initial_model import adopt_architecture, find_published
 from training.planning import print_plan, setting_of
 from training.settings import derive, vocabulary_without_dataset
 
@@ -59,7 +60,11 @@ def planned_setting(argv: list[str], n_gpus: int):
     """(architecture, what the run comes to, memory setting) of train.py's
     arguments, on GPUs that need not be there, for data that need not be."""
     schema = read_schema(runpy.run_path(str(TRAIN)), TRAIN)
-    options = parse(schema, argv).values
+    parsed = parse(schema, argv)
+    options = parsed.values
+    published = find_published(options['init_from'], Ranks())
+    if published is not None:
+        adopt_architecture(parsed, published)
     try:
         dataset = open_dataset(options['dataset'])
     except DatasetError:

@@ -385,6 +385,15 @@ def test_a_dataset_with_another_tokenizer_since(trained, tmp_path, data):
         export_model(run, tmp_path / 'hf')
 
 
+def test_a_plan_of_a_published_model(trained, data):
+    from plan import planned_setting
+    folder = trained['qwen3']
+    config, run, setting = planned_setting(
+        [f'--init_from=hf:{folder / "hf"}', f'--dataset={data / "small"}'], 1)
+    assert config == find_source(folder).config
+    assert run['options']['arch_preset'] == 'qwen3'
+
+
 # --- what is written ---------------------------------------------------------
 
 
