@@ -144,13 +144,6 @@ class WarmRanks:
         self._server.wait(TIMEOUT)
 
 
-def train(out_dir, **options):
-    """The newest run of `out_dir` after a run of train.py that must succeed."""
-    result = run('train.py', out_dir=out_dir, **options)
-    assert result.returncode == 0, result.stderr
-    return newest(out_dir)
-
-
 def runs(out_dir):
     return sorted(Path(out_dir).glob('run_*'))
 

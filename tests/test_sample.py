@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, newest, read_json, run, snapshot, start, train
+from running import TINY, newest, read_json, run, snapshot, start
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -55,19 +55,25 @@ def hf_model_of(run):
     return to_hf(model)
 
 
-def test_temperature_0_takes_the_likeliest(sample, qwen_run):
-    """Also beyond block_size, against transformers' logits."""
-    record, model = read_json(qwen_run / 'run.json'), hf_model_of(qwen_run)
+@torch.no_grad()
+def likeliest(run, prompt, n):
+    """The prompt and n tokens more, by transformers' logits."""
+    record, model = read_json(run / 'run.json'), hf_model_of(run)
     tokenizer = Tokenizer.from_file(
-        f"{record['dataset']['folder']}/tokenizer/tokenizer.json")
-    ids = [0, *tokenizer.encode('def get').ids]  # it begins a document
+        str(data_folder(record) / 'tokenizer' / 'tokenizer.json'))
+    ids = [0, *tokenizer.encode(prompt).ids]  # it begins a document
     begin = 0
-    for _ in range(30):
+    for _ in range(n):
         begin += 4 if len(ids) - begin > 16 else 0  # a quarter of a block
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[begin:]])).logits[0, -1]
+        logits = model(torch.tensor([ids[begin:]])).logits[0, -1]
         ids.append(int(logits[: tokenizer.get_vocab_size()].argmax()))
-    expected = tokenizer.decode(ids[1:])
+    assert 0 not in ids[1:]  # which would end it
+    return tokenizer.decode(ids[1:])
+
+
+def test_temperature_0_takes_the_likeliest(sample, qwen_run):
+    """Also beyond block_size."""
+    expected = likeliest(qwen_run, 'def get', 30)
     options = {'temperature': 0, 'num_samples': 2, 'prompt': 'def get',
                'max_new_tokens': 30}
     for seed in 1, 2:
@@ -77,10 +83,13 @@ def test_temperature_0_takes_the_likeliest(sample, qwen_run):
 
 
 @pytest.fixture(scope='module')
-def words_run(tmp_path_factory, data):
+def words_run(tmp_path_factory, data, warm):
     """Hardly trained: 479 of 500 rows, all about as likely, have no id."""
-    return train(tmp_path_factory.mktemp('words') / 'out', **TINY | {
+    folder = tmp_path_factory.mktemp('words')
+    result = warm.run('train.py', cwd=folder, out_dir=folder / 'out', **TINY | {
         'dataset': data / 'words', 'max_iters': 1, 'learning_rate': 1e-5})
+    assert result.returncode == 0, result.stderr
+    return newest(folder / 'out')
 
 
 @pytest.mark.parametrize('limits', [
@@ -98,8 +107,10 @@ def test_no_id_beyond_the_tokenizer(sample, words_run, limits):
     assert drawn >= 20  # of 240; with ids drawn from all rows it is 10
 
 
-def test_default_prompt_begins_a_document(sample, words_run):
-    assert len(sample(words_run, num_samples=3, max_new_tokens=9)) == 3
+def test_default_prompt_begins_a_document(sample, gpt2_run):
+    texts = sample(gpt2_run, temperature=0, max_new_tokens=9)
+    assert [text.rstrip('\n') for text in texts] == [
+        likeliest(gpt2_run, '', 9).rstrip('\n')] * 3
 
 
 def test_a_batch_draws_what_each_sample_draws_alone(sample, gpt2_run):
@@ -203,18 +214,21 @@ def data_folder(record):
     return Path(record['dataset']['folder'])
 
 
-def test_weights_in_bf16(sample, qwen_run):
-    options = {'max_new_tokens': 10, 'num_samples': 1, 'temperature': 0}
-    text = sample(qwen_run, **options, prompt='def ', dtype='bfloat16')[0]
-    assert text.startswith('def ') and len(text) > 8
-
-
-def test_norms_are_not_rounded_to_bf16(qwen_run, monkeypatch):
+def test_weights_in_bf16(sample, qwen_run, monkeypatch):
+    """The text is that of the model so held; its norms are not rounded."""
+    text, = sample(qwen_run, max_new_tokens=10, num_samples=1, temperature=0,
+                   prompt='def ', dtype='bfloat16')
     monkeypatch.setattr(sample_script, 'out_dir', qwen_run)
     monkeypatch.setattr(sample_script, 'dtype', 'bfloat16')
-    found = sample_script.load('cpu').model.ln_f.weight
+    found = sample_script.load('cpu')
+    assert found.model.wte.weight.dtype == torch.bfloat16
+    ids = [0, *found.tokenizer.encode('def ').ids]
+    made, = found.model.generate([ids], 10, temperature=0, eos_id=0,
+                                 n_ids=found.tokenizer.get_vocab_size())
+    assert len(made) == len(ids) + 10
+    assert text.rstrip('\n') == found.tokenizer.decode(made[1:]).rstrip('\n')
     expected = open_model(qwen_run).model.ln_f.weight
-    assert torch.equal(found, expected)
+    assert torch.equal(found.model.ln_f.weight, expected)
     assert not torch.equal(expected, expected.bfloat16().float())
 
 
