@@ -6,7 +6,6 @@ import math
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -19,11 +18,10 @@ from running import (
     newest,
     read_json,
     read_lines,
-    start,
-    wait_for_step,
 )
 
 from training.configurator import read_schema
+from training.durable import hold_lock
 from training.run_summary import NOT_WHAT_IS_TRAINED
 from training.settings import ARCHITECTURE_OPTIONS
 
@@ -196,19 +194,17 @@ def test_void_entries_of_a_resumed_run_do_not_count(copy_run, compare):
     assert f"{last['val_bpb']:.4f}" in output and '0.1000' not in output
 
 
-def test_a_running_run_says_so(tmp_path, compare, data):
-    process = start('train.py', out_dir=tmp_path / 'out-p', **TINY | {
-        'dataset': data / 'small', 'max_iters': 100_000})
-    try:
-        wait_for_step(process, tmp_path / 'out-p', 1)
-        process.send_signal(signal.SIGSTOP)
+def test_a_running_run_says_so(copy_run, compare):
+    """One whose lock is held; without, the same has ended unsaid."""
+    folder = copy_run('p')
+    write_lines(folder, [line for line in read_lines(folder)
+                         if line['step'] <= 120])
+    with hold_lock(folder):
         output = compare('out-p')
-        assert 'out-p (running)' in output
-        assert re.search(r'^out-p: running at update \d+ of 100000', output,
-                         re.MULTILINE)
-    finally:
-        process.kill()
-        process.communicate()
+    assert 'out-p (running)' in output
+    assert re.search('^out-p: running at update 120 of 190', output,
+                     re.MULTILINE)
+    assert 'running' not in compare('out-p')
 
 
 def test_latest(tmp_path, copy_run, compare):
