@@ -54,7 +54,7 @@ def run(script, *arguments, **options):
 
 
 class WarmStarts:
-    """`run` at a tenth of its price: see warm_starts.py. Close it."""
+    """`run` at a fraction of its price: see warm_starts.py. Close it."""
 
     def __init__(self, folder):
         self._server = subprocess.Popen(

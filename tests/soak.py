@@ -1,6 +1,6 @@
 """Kill a run of two processes again and again; it must end the same.
 
-At seeded random moments, each after at least one new step and many within a
+At seeded random moments, each after at least two new steps and many within a
 save, one of the two processes gets SIGKILL. The job is started again with the
 same command and init_from=auto. At the end the weights, the moments and every
 logged loss must equal, to the bit, those of a run that nothing disturbed.
@@ -53,14 +53,18 @@ def steps_logged(out_dir) -> int:
 
 
 def kill_one(job, out_dir, chance) -> bool:
-    """SIGKILL one of the two workers after a new step; False if the run came
-    to its end before."""
-    before = steps_logged(out_dir)
-    while steps_logged(out_dir) == before:
-        if job.poll() is not None:
-            return False
-        time.sleep(0.01)
-    time.sleep(chance.uniform(0, 0.5))  # a step and a save take about 0.1 s
+    """SIGKILL one of the two workers, at a random moment after two to five
+    new steps; False if the run came to its end before."""
+    first, moments = steps_logged(out_dir) + 1, []
+    more = chance.randint(1, 4)
+    for count in first, first + more:
+        while steps_logged(out_dir) < count:
+            if job.poll() is not None:
+                return False
+            time.sleep(0.01)
+        moments.append(time.monotonic())
+    step_s = (moments[1] - moments[0]) / more  # with its share of saves
+    time.sleep(chance.uniform(0, step_s))
     workers = [p for p in psutil.Process(job.pid).children()
                if 'train.py' in ' '.join(p.cmdline())]
     if len(workers) < 2:

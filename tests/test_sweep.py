@@ -352,7 +352,7 @@ def test_tuned_seeds_and_a_failure(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_choice_that_is_no_number(options, tmp_path):
+def test_a_choice_that_is_no_number(options):
     options |= {'max_iters': 20, 'eval_interval': 10}
     result = run_sweep('--tune', 'lr_schedule=cosine,wsd', '--tune_iters', 5,
                        **options)

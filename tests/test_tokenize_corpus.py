@@ -377,7 +377,6 @@ def test_rare_characters_are_encoded_as_the_reference_does(
 ):
     encoder = Encoder(load_tokenizer(str(tiny_tokenizer)))
     strings = random_strings(1500) + ["a\u0301\u1ab1\u0323", "\U00011de9 x"]
-    data = [string.encode() for string in strings]
     assert any(s != unicodedata.normalize("NFC", s)
                for s in strings)
     assert sum(
@@ -520,7 +519,7 @@ def test_sentencepiece_tokenizer_with_byte_fallback(texts, tmp_path):
 
 
 def test_tokenizer_that_gigatoken_does_not_load(
-    texts, tmp_path, tiny_tokenizer, capsys
+    texts, tmp_path, capsys
 ):
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1}, "[UNK]"))
     tokenizer.add_special_tokens([AddedToken("</s>", normalized=False)])
