@@ -1,5 +1,7 @@
 """train.py as its user sees it: what a run does, and the record it leaves."""
 
+import gzip
+import json
 import math
 import os
 import re
@@ -213,6 +215,20 @@ def test_gradient_accumulation(tmp_path, data):
                     rel_tol=0 if name in ('lr', 'tokens') else 1e-6), (at, name)
     losses = [first['train', step]['loss'] for step in range(1, 16)]
     assert np.abs(np.diff(losses)).min() > 1e-5  # other windows, other losses
+
+
+def test_profile(tmp_path, data, warm):
+    """A trace of the updates 4 to 6."""
+    result = warm.run('train.py', cwd=tmp_path, out_dir='out', **TINY | {
+        'dataset': data / 'small', 'max_iters': 7, 'profile': True})
+    assert result.returncode == 0, result.stderr
+    path = newest(tmp_path / 'out') / 'profile.json.gz'
+    assert 'profile.json.gz, to be opened' in result.stdout
+    names = {event.get('name') for event in json.loads(
+        gzip.decompress(path.read_bytes()))['traceEvents']}
+    assert {name for name in names if str(name).startswith('ProfilerStep')} == {
+        'ProfilerStep#3', 'ProfilerStep#4', 'ProfilerStep#5'}  # from 0 on
+    assert 'aten::linear' in names
 
 
 @pytest.fixture(scope='module')
