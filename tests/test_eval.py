@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -114,15 +115,18 @@ def nats_of(model, ids):
 
 @torch.no_grad()
 def token_by_token(model, ids, context, stride):
-    """Each token alone: what it may see ends just before it, and begins where
-    the window does that it is the first to reach."""
-    nats = 0.0
+    """Each token alone, in a row of its own: what it may see ends just before
+    it, and begins where the window does that it is the first to reach."""
+    rows = defaultdict(list)  # by length: a batch of each
     for at in range(1, len(ids)):
         moves = max(0, math.ceil((at - context) / stride))
         end = min(context + moves * stride, len(ids) - 1)
         seen = ids[max(0, end - context):at]
-        logits = model(torch.tensor([seen])).logits[0, -1].double()
-        nats -= logits.log_softmax(-1)[ids[at]].item()
+        rows[len(seen)].append([*seen, ids[at]])
+    nats = 0.0
+    for batch in map(torch.tensor, rows.values()):
+        logits = model(batch[:, :-1]).logits[:, -1].double()
+        nats -= logits.log_softmax(-1).gather(1, batch[:, -1:]).sum().item()
     return nats
 
 
