@@ -207,6 +207,27 @@ def test_a_running_run_says_so(copy_run, compare):
     assert 'running' not in compare('out-p')
 
 
+def test_mfu_is_shown_where_a_run_has_one(tmp_path, compare, gpt2_run,
+                                          qwen_run):
+    """In the place of FLOP/s; the other run's is not known."""
+    trained = [r for r in read_lines(qwen_run)
+               if r['kind'] == 'train' and r['mfu']]
+    full, causal = (np.median([r[name] for r in trained])
+                    for name in ('mfu', 'mfu_causal'))
+    alone = compare(gpt2_run)
+    assert 'FLOP/s' in alone and 'MFU' not in alone
+    output = compare(gpt2_run, qwen_run, '--json', 'all.json')
+    assert 'FLOP/s' not in output
+    assert re.search(rf'^qwen3 .* {full:.1%}  .*qwen$', output, re.MULTILINE)
+    assert re.search(r'^gpt2 .* -  .*gpt2$', output, re.MULTILINE)
+    rows = output.split('causal MFU')[1].splitlines()[1:3]
+    assert [f' {causal:.1%} ' in row for row in rows] == [
+        row.endswith('qwen') for row in rows]
+    found = {run['label']: (run['mfu'], run['mfu_causal'])
+             for run in read_json(tmp_path / 'all.json')['runs']}
+    assert found == {'qwen': (full, causal), 'gpt2': (None, None)}
+
+
 def test_latest(tmp_path, copy_run, compare):
     """By the time in the name, over all out*/."""
     for name, time in ('p', '093000'), ('q', '110000'), ('r', '100000'):
