@@ -4,7 +4,8 @@ Faults, at an exact instant, and witnesses of what the rank works with. A job of
 running.WarmRanks names them in `before`, as Python source. train.py and
 training/ know nothing of this file.
 
-    before = 'import planted; planted.signal_at_update(rank, {1: (2, "SIGTERM")})'
+    before = ('import planted; '
+              'planted.signal_at_update(rank, {1: (2, "SIGTERM")})')
 """
 
 import hashlib

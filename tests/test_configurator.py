@@ -147,8 +147,8 @@ c: int = 3
 
 
 def test_schema_with_postponed_annotations(tmp_path):
-    source = SCRIPT.replace('from typing', 'from __future__ import annotations\n'
-                            'from typing', 1)
+    source = SCRIPT.replace(
+        'from typing', 'from __future__ import annotations\nfrom typing', 1)
     schema = read_schema(*load(tmp_path, source))
     assert parse(schema, ['--batch_size=3']).values['batch_size'] == 3
     assert len(problems(schema, ['--batch_size=0'])) == 1
@@ -188,10 +188,13 @@ def test_defaults_of_the_script_are_checked_with_the_rest(tmp_path):
     ('9007199254740993', int, 2 ** 53 + 1),     # is no float
     ('1e-3', float, 1e-3), ('3', float, 3.0), ('.5', float, 0.5),
     ('true', bool, True), ('True', bool, True), ('false', bool, False),
-    ('False', bool, False), ('a b', str, 'a b'), ('', str, ''), ('12', str, '12'),
+    ('False', bool, False), ('a b', str, 'a b'), ('', str, ''),
+    ('12', str, '12'),
     ("'a'", str, "'a'"), ('true', str, 'true'), ('None', str, 'None'),
-    ('[1, 2]', str, '[1, 2]'), ('a=b', str, 'a=b'), ('null', str | None, 'null'),
-    ('None', str | None, None), ('x', str | None, 'x'), ('12', str | None, '12'),
+    ('[1, 2]', str, '[1, 2]'), ('a=b', str, 'a=b'),
+    ('null', str | None, 'null'),
+    ('None', str | None, None), ('x', str | None, 'x'),
+    ('12', str | None, '12'),
     ('None', int | None, None), ('7', int | None, 7),
     ('[1,2]', list[int], [1, 2]), ('[]', list[int], []),
     ('(1,2)', list[int], [1, 2]), ('[1,2.5]', list[float], [1.0, 2.5]),
@@ -223,12 +226,14 @@ def test_text_is_read_by_the_type_it_is_for(text, kind, value):
     ('true', float), ('1j', float), ('1' + '0' * 400, float), ('9' * 5000, int),
     ('1', bool), ('0', bool), ('yes', bool), ('TRUE', bool), ('None', bool),
     ('none', int | None), ('null', int | None),
-    ('1', list[int]), ('[1', list[int]), ('[a]', list[str]), ('[1.5]', list[int]),
+    ('1', list[int]), ('[1', list[int]), ('[a]', list[str]),
+    ('[1.5]', list[int]),
     ('[True]', list[int]), ('{1: 2}', dict), ('{1, 2}', dict), ('[1]', dict),
     ('{"a": "b"}', dict[str, int]), ('{"a": 1e309}', dict),
     ('{"a": NaN}', dict), ('[NaN]', list), ('[' * 5000, list),
     ("__import__('os')", int), ('f()', list),
-    ('int4', configurator.Literal['float32']), ('True', configurator.Literal[1]),
+    ('int4', configurator.Literal['float32']),
+    ('True', configurator.Literal[1]),
     ('0', configurator.Positive), ('-1', configurator.NonNegative),
     ('0', configurator.PositiveFloat), ('-1e-9', configurator.NonNegativeFloat),
     ('1.01', configurator.Share), ('-0.1', configurator.Share),
@@ -242,7 +247,8 @@ def test_text_of_a_wrong_type_or_range_is_refused(text, kind):
 def test_a_float_keeps_its_type_in_a_union_and_in_a_bare_dict():
     assert type(convert(1.0, int | float)) is float
     assert type(convert(1, float | int)) is int
-    assert [type(v) for v in convert({'a': 1.0, 'b': 1, 'c': True}, dict).values()
+    found = convert({'a': 1.0, 'b': 1, 'c': True}, dict)
+    assert [type(v) for v in found.values()
             ] == [float, int, bool]
 
 
@@ -276,7 +282,8 @@ def test_the_command_line_wins_wherever_it_stands(schema, config):
     assert parsed.given == {'seed': 11, 'batch_size': 5, 'max_iters': 9}
     assert parse(schema, [two, one]).values['seed'] == 1
     # config files do not see the command line
-    assert parse(schema, ['--seed=100', two, '--max_iters=1']).values['seed'] == 100
+    parsed = parse(schema, ['--seed=100', two, '--max_iters=1'])
+    assert parsed.values['seed'] == 100
     derived = config('max_iters = seed\n', 'derived.py')
     assert parse(schema, ['--seed=5', derived]).values['max_iters'] == 1337
 
@@ -313,7 +320,8 @@ def test_the_error_is_a_value_error_with_count_and_remedy(schema):
     ('--max_itres', 'did you mean max_iters?'),
     ('-x', 'write --NAME=VALUE'), ('-seed=1', 'write --NAME=VALUE'),
     ('--=1', 'unknown option'), ('--batch-size=1', 'did you mean batch_size?'),
-    ('--MAX_ITERS=1', 'did you mean max_iters?'), ('--_helper=1', 'unknown option'),
+    ('--MAX_ITERS=1', 'did you mean max_iters?'),
+    ('--_helper=1', 'unknown option'),
     ('--untyped=2', 'unknown option'), ('--__name__=2', 'unknown option'),
     ('--seed=', 'expected int'), ('--d_ff=0', 'expected int >= 1 or None'),
 ])
@@ -341,11 +349,13 @@ def test_a_config_file_with_all_that_is_allowed(schema, config):
                   'batch_size = 16  # of 40\n'
                   'gradient_accumulation_steps = (gradient_accumulation_steps'
                   ' * 12 // batch_size)\n'
-                  'max_iters = 1e3 if _tokens > 5 and not batch_size == 3 else 0\n'
+                  'max_iters = 1e3 if _tokens > 5 and not batch_size == 3'
+                  ' else 0\n'
                   'learning_rate: float = min(6e-4, 3e-4) * 2\n'
                   'weight_decay /= 2\n'
                   'betas = (0.9, 1 - 0.01)\n'
-                  'seed = d_ff = max(abs(-3), int(2.5), round(1.5), len("ab"))\n'
+                  'seed = d_ff = max(abs(-3), int(2.5), round(1.5),'
+                  ' len("ab"))\n'
                   'sizes = {"a": 480 / 16}\n'
                   'dropout = float(0)\n'
                   'compile = 0 < 1 < 2\n'
@@ -385,7 +395,8 @@ def test_private_names_stay_in_their_file(schema, config):
     found = problems(schema, [one, config('seed = _n\n', 'two.py')])
     assert len(found) == 1 and 'two.py:1' in found[0]
     # nor are the script's own private and untyped names seen
-    assert len(problems(schema, [config('seed = _helper\n_a = untyped\n')])) == 2
+    path = config('seed = _helper\n_a = untyped\n')
+    assert len(problems(schema, [path])) == 2
 
 
 @pytest.mark.parametrize('line', [
@@ -400,7 +411,8 @@ def test_private_names_stay_in_their_file(schema, config):
     'seed: int', 'with seed: pass', 'try: pass\nfinally: pass', 'global seed',
     'return 3', '_f = await_()', '_f = yield 3', '_f = *betas, 1',
     '_f = {1, 2}', "exec('1')", "_f = eval('1')", "_f = open('x')",
-    '_f = getattr(seed, "real")', '_f = min', '_f = [max, 1]', '_f = min(1, len)',
+    '_f = getattr(seed, "real")', '_f = min', '_f = [max, 1]',
+    '_f = min(1, len)',
     '_f = max(betas, key=abs)', '_f = min(*betas)', '_f = min(**sizes)',
     '_f = (min)(1, 2)(3)', '_f = "a".join(betas)', '_f = seed.real',
     "_f = '{0.__class__}'.format(seed)", '_f = __builtins__', '_f = __name__',
@@ -463,15 +475,18 @@ def test_a_problem_of_a_config_file_says_where_and_what(schema, config, line,
     assert found[0].startswith(f'{path}:3: ') and text in found[0]
 
 
-def test_all_problems_of_all_sources_come_in_one_error(schema, config, tmp_path):
+def test_all_problems_of_all_sources_come_in_one_error(schema, config,
+                                                       tmp_path):
     bad = config('x = 1\nseed = "a"\nimport os\nd_ff = foo + bar\n', 'bad.py')
     worse = config('seed = 1\nmax_iters = = 2\n', 'worse.py')
     missing = str(tmp_path / 'missing.py')
     found = problems(schema, [bad, '--compile', worse, missing, '--dtype=int4'],
                      {'old_option': 1})
     wheres = ['recorded options: old_option = 1: ', f'{bad}:1: ', f'{bad}:2: ',
-              f'{bad}:3: ', f'{bad}:4: ', f'{bad}:4: ', f'{worse}:2: syntax error',
-              f'{missing}: cannot be read (No such file', 'command line: --compile',
+              f'{bad}:3: ', f'{bad}:4: ', f'{bad}:4: ',
+              f'{worse}:2: syntax error',
+              f'{missing}: cannot be read (No such file',
+              'command line: --compile',
               'command line: --dtype=int4']
     assert len(found) == len(wheres)
     for problem, where in zip(found, wheres):
@@ -565,9 +580,10 @@ def test_help_exits_with_0_whatever_else_is_given(tmp_path, capsys, argv):
 
 
 def test_help_wraps_what_is_long(tmp_path):
+    choices = ', '.join(repr('choice-' + c * 9) for c in 'abcdefgh')
     source = ('from typing import Literal\n'
               f"path: str = '{'x' * 200}'  # {'word ' * 40}end\n"
-              f"kind: Literal[{', '.join(repr('choice-' + c * 9) for c in 'abcdefgh')}]"
+              f'kind: Literal[{choices}]'
               f" = 'choice-{'a' * 9}'\n")
     schema = read_schema(*load(tmp_path, source))
     text = configurator.help_text(schema, 'script.py', 'Long. ' * 50)
@@ -625,8 +641,10 @@ def test_help_of_a_script_is_complete_in_80_columns(tmp_path, schema):
     assert result.returncode == 0 and result.stderr == ''
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert 'examples:' in lines and '    python script.py --max_iters=3' in lines
-    at = [lines.index(section) for section in ('I/O', 'data', 'optimizer', 'model')]
+    assert 'examples:' in lines
+    assert '    python script.py --max_iters=3' in lines
+    at = [lines.index(section)
+          for section in ('I/O', 'data', 'optimizer', 'model')]
     assert at == sorted(at)
     text = ' '.join(result.stdout.split())
     for name, option in schema.items():

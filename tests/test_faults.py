@@ -104,7 +104,7 @@ def one_error(result):
     return ' '.join(re.split('^error: ', text, flags=re.M)[1].split())
 
 
-# --- jobs of torchrun: signals, kills, restarts --------------------------------
+# --- jobs of torchrun: signals, kills, restarts ------------------------------
 
 
 class Job:
@@ -241,7 +241,7 @@ def test_a_killed_rank_restarts_the_job(tmp_path, options, long_run, rank):
     assert_as_undisturbed(tmp_path, long_run)
 
 
-# --- the same ranks without an agent --------------------------------------------
+# --- the same ranks without an agent -----------------------------------------
 
 
 @pytest.mark.parametrize('strategy', ['use_zero1', 'use_fsdp'])
@@ -419,7 +419,7 @@ def test_the_process_group_ends_with_the_job(warm_ranks, tmp_path, options,
         assert (tmp_path / f'group_{rank}').read_text() == 'gone'
 
 
-# --- a save that is killed -------------------------------------------------------
+# --- a save that is killed ---------------------------------------------------
 
 
 def state_of(step):
@@ -559,7 +559,7 @@ def test_what_cannot_be_removed_does_not_stop_a_save(tmp_path, capsys):
     assert 'cannot be removed' in capsys.readouterr().err
 
 
-# --- data that is cut off in use ---------------------------------------------------
+# --- data that is cut off in use ---------------------------------------------
 
 
 @pytest.mark.parametrize('ranks, plant, name', [
@@ -594,7 +594,7 @@ def test_a_bin_that_is_cut_off_while_training(
         assert_as_undisturbed(tmp_path / 'out', undisturbed)
 
 
-# --- damage ----------------------------------------------------------------------
+# --- damage ------------------------------------------------------------------
 
 
 def flip_a_byte(path):
@@ -699,7 +699,7 @@ def test_an_evaluation_that_is_no_number_is_not_the_best(tmp_path):
     assert [int(c.name[5:]) for c in find_checkpoints(tmp_path)] == [8, 4]
 
 
-# --- numbers that are none ---------------------------------------------------------
+# --- numbers that are none ---------------------------------------------------
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
@@ -772,7 +772,7 @@ def test_a_large_seed(warm_ranks, tmp_path, options):
     assert result.statuses == [0], result.err
 
 
-# --- bad input -----------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('ranks, change, says', [
@@ -834,7 +834,7 @@ def test_two_jobs_in_one_run(warm_ranks, tmp_path, options):
     assert len(runs(tmp_path)) == 1
 
 
-# --- the comparison ----------------------------------------------------------------
+# --- the comparison ----------------------------------------------------------
 
 
 def test_the_comparison_can_fail(undisturbed, tmp_path):

@@ -129,8 +129,8 @@ def test_the_status_tells(monkeypatch, tmp_path, problems, status):
     monkeypatch.setattr(gpu_suite, 'run_part', lambda name, smoke, limit: (
         ['| a |'], problems if name == 'strategies' else [], {}))
     out = tmp_path / 'entry.md'
-    assert gpu_suite.main(['--smoke', '--parts', 'parity', 'strategies', '--out',
-                           str(out)]) == status
+    assert gpu_suite.main(['--smoke', '--parts', 'parity', 'strategies',
+                           '--out', str(out)]) == status
     assert ('- wrong: wrong' in out.read_text()) == bool(status)
 
 

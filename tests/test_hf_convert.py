@@ -404,7 +404,8 @@ def test_what_no_class_expresses_is_refused(warm, data, tmp_path):
                       block_size=16, max_iters=1, qk_norm=True,
                       norm_position='post', export_hf_at_end=True)
     assert result.returncode == 2, result.stderr
-    for part in ('no Hugging Face class', 'qk_norm=True', "norm_position='post'"):
+    for part in ('no Hugging Face class', 'qk_norm=True',
+                 "norm_position='post'"):
         assert part in result.stderr
     assert list(tmp_path.iterdir()) == []
 

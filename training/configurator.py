@@ -188,8 +188,8 @@ def read_schema(namespace: dict, source_path: str | Path) -> dict[str, Option]:
     An option's comment stands behind it and may go on below, in comment lines
     that are indented before their `#` or by two spaces behind it. A heading is
     a single comment line at the left margin above a group; longer notes there
-    are left out. Raises ConfigError for an option without a default or of a type
-    that is not supported.
+    are left out. Raises ConfigError for an option without a default or of a
+    type that is not supported.
     """
     module = types.ModuleType('script')
     module.__dict__.update(namespace)

@@ -35,7 +35,8 @@ INK = '#123456'  # stands for the page's own text colour in the report
 RC = {'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
       'axes.grid': True, 'grid.alpha': 0.2, 'axes.axisbelow': True,
       'lines.linewidth': 1.4, 'svg.fonttype': 'none',
-      'svg.hashsalt': 'comparison', 'axes.titlesize': 11, 'legend.frameon': False}
+      'svg.hashsalt': 'comparison', 'axes.titlesize': 11,
+      'legend.frameon': False}
 
 
 def look_of(groups: list[Group]) -> dict[int, dict]:
