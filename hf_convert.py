@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import transformers
 
-from data.corpus_tokenizer import load_tokenizer
 from model_builder import ConfigurableGPT
 from training.checkpoint import FORMAT_VERSION
 from training.configurator import exit_with
@@ -107,6 +106,8 @@ def _whole(weights, name) -> torch.Tensor:
 
 def _tokenizer_of(folder, config, hf_config):
     """The CorpusTokenizer of a folder, None if it has none."""
+    # a GPU machine may lack what reads corpora; an import alone needs it
+    from data.corpus_tokenizer import load_tokenizer
     names = ('tokenizer.json', 'tokenizer.model')
     if not any((folder / name).is_file() for name in names):
         return None
