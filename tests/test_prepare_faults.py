@@ -114,7 +114,6 @@ def test_kill_at_every_change_of_the_disk(corpus, tiny_tokenizer, tmp_path):
     assert kills > 30
 
 
-@pytest.mark.slow
 def test_kill_while_another_dataset_is_replaced(
     corpus, tiny_tokenizer, tmp_path
 ):
