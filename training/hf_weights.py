@@ -201,10 +201,10 @@ class ExportedWeights:
 
     def __init__(self, weights, config: ModelArchitectureConfig):
         self._weights, self.shapes, self._sources = weights, {}, {}
-        self._here = layout(config)
-        if model_type_of(config) == 'gpt2':
-            config = dataclasses.replace(config, bias=True)
-        for entry in layout(config).values():
+        self._here = entries = layout(config)
+        if model_type_of(config) == 'gpt2' and not config.bias:
+            entries = layout(dataclasses.replace(config, bias=True))
+        for entry in entries.values():
             at = 0
             for part, shape in entry.parts.items():
                 self.shapes[part] = shape

@@ -159,19 +159,21 @@ def read_record(run) -> dict:
 
 
 def read_metrics(run) -> tuple[list[dict], int]:
-    """(records, number of damaged lines) of a run's metrics.
-
-    A resume at step k voids what was logged beyond k before it: those steps
-    were trained again.
-    """
+    """(records that count, number of damaged lines) of a run's metrics."""
     lines, damaged = read_lines(run)
+    return without_void(lines), damaged
+
+
+def without_void(lines: list[dict]) -> list[dict]:
+    """A resume at step k voids what was logged beyond k before it: those
+    steps were trained again."""
     records = []
     for record in lines:
         if record['kind'] == 'resume':
             records = [r for r in records
                        if r['kind'] != 'end' and r['step'] <= record['step']]
         records.append(record)
-    return records, damaged
+    return records
 
 
 def read_lines(run) -> tuple[list[dict], int]:

@@ -14,8 +14,8 @@ from training.eval_results import read_results, tasks_at
 from training.run_log import (
     RunError,
     read_lines,
-    read_metrics,
     read_record,
+    without_void,
 )
 
 # what is read of a run's record
@@ -209,12 +209,12 @@ def summarize(folder: Path) -> RunSummary:
     if absent:
         raise RunError(f'{folder / "run.json"} lacks {", ".join(absent)}: it '
                        'was written by another version; leave this run out')
-    records, damaged = read_metrics(folder)
+    lines, damaged = read_lines(folder)
+    records = without_void(lines)
     whole = [r for r in records if is_whole(r)]
     results, more = read_results(folder)
     damaged += len(records) - len(whole) + more
     ends = [r['status'] for r in whole if r['kind'] == 'end']
-    lines, _ = read_lines(folder)
     status = ends[-1] if ends else (
         'running' if is_held(folder) else 'incomplete')
     trains = by_step(whole, 'train')
